@@ -1,0 +1,1 @@
+"""Mixer Serve: classify uploaded images with a trained MLP-Mixer."""

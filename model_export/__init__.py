@@ -1,0 +1,1 @@
+"""Turn a trained Mixer into one self-describing ONNX file."""
