@@ -1,0 +1,165 @@
+"""Everything that can go wrong, drawn once: exception, status, title.
+
+    StartupError                          stops start-up: one line, exit code 1
+    Problem                               answers a request as RFC 9457 problem+json
+    ├── EmptyBody                 400     no image in the request
+    ├── MalformedForm             400     multipart that cannot be read, or without the field
+    ├── TooLarge                  413
+    │   ├── BodyTooLarge                  more bytes than MIXER_MAX_UPLOAD_BYTES
+    │   ├── TooManyPixels                 more pixels than MIXER_MAX_PIXELS, by the header
+    │   └── TooManyImages                 more images than the queue can ever hold
+    ├── UnsupportedFormat         415     not JPEG, PNG, WebP, GIF or BMP
+    ├── CorruptImage              422     the format is right, the content is not
+    ├── InvalidParameter          422     a query parameter or header out of range
+    ├── QueueFull                 429     retry here, after Retry-After
+    ├── InferenceFailed           500     the engine raised, or gave NaN
+    ├── NotReady                  503     draining or broken: retry elsewhere
+    └── DeadlineExceeded          504     expired before the engine saw it
+
+The class says what the client may know (`detail`); what only the operator may know goes to the log.
+"""
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+from fastapi.responses import JSONResponse
+
+
+class StartupError(Exception):
+    """A wrong setting, model or device. The message is one line: what, its value, the fix."""
+
+
+class Problem(Exception):  # noqa: N818 - RFC 9457's own word
+    """An error answer; subclasses fix status and title, the instance says the detail."""
+
+    status: ClassVar[int]
+    title: ClassVar[str]
+
+    def __init__(self, detail: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """Return the problem object of RFC 9457, section 3."""
+        return problem_body(self.status, self.title, self.detail)
+
+
+class EmptyBody(Problem):
+    """The request carries no image."""
+
+    status = 400
+    title = "Empty body"
+
+
+class MalformedForm(Problem):
+    """The multipart form cannot be read, or lacks the field."""
+
+    status = 400
+    title = "Malformed form"
+
+
+class TooLarge(Problem):
+    """Something is over its limit; the connection closes, since the rest stays unread."""
+
+    status = 413
+    title = "Too large"
+
+
+class BodyTooLarge(TooLarge):
+    """The body has more bytes than allowed."""
+
+    title = "Body too large"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(
+            f"The body is larger than {limit_bytes} bytes.", headers={"Connection": "close"}
+        )
+
+
+class TooManyPixels(TooLarge):
+    """The image's header declares more pixels than allowed."""
+
+    title = "Too many pixels"
+
+
+class TooManyImages(TooLarge):
+    """One request holds more images than the queue."""
+
+    title = "Too many images"
+
+
+class UnsupportedFormat(Problem):
+    """Not one of the allowed image formats, or not a media type we read."""
+
+    status = 415
+    title = "Unsupported format"
+
+
+class CorruptImage(Problem):
+    """The format is allowed, but the content cannot be decoded."""
+
+    status = 422
+    title = "Corrupt image"
+
+
+class InvalidParameter(Problem):
+    """A query parameter or header is out of range."""
+
+    status = 422
+    title = "Invalid parameter"
+
+
+class QueueFull(Problem):
+    """The service has all the work it can finish in time."""
+
+    status = 429
+    title = "Queue full"
+
+    def __init__(self, detail: str, retry_after_s: int) -> None:
+        super().__init__(detail, headers={"Retry-After": str(retry_after_s)})
+
+
+class InferenceFailed(Problem):
+    """The engine raised on this batch, or its logits are not finite."""
+
+    status = 500
+    title = "Inference failed"
+
+
+class NotReady(Problem):
+    """This replica is draining or broken; another one can answer."""
+
+    status = 503
+    title = "Not ready"
+
+
+class DeadlineExceeded(Problem):
+    """The request's time ran out before the engine saw it."""
+
+    status = 504
+    title = "Deadline exceeded"
+
+
+def problem_body(status: int, title: str, detail: str) -> dict[str, Any]:
+    """Return an RFC 9457 problem object; the type is stable for clients to switch on."""
+    kind = title.lower().replace(" ", "-")
+    return {
+        "type": f"urn:problem-type:mixer-serve:{kind}",
+        "title": title,
+        "status": status,
+        "detail": detail,
+    }
+
+
+def problem_response(
+    status: int, detail: str, title: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """Return the `application/problem+json` answer; the title defaults to the status phrase."""
+    return JSONResponse(
+        problem_body(status, title or HTTPStatus(status).phrase, detail),
+        status_code=status,
+        headers=dict(headers or {}),
+        media_type="application/problem+json",
+    )

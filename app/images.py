@@ -1,0 +1,191 @@
+"""From the bytes of an upload to patches: header check, decode, EXIF turn, resize, crop, patchify.
+
+Pure functions without I/O; they run in the decode threads, where Pillow releases the GIL.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from app.errors import CorruptImage, Problem, TooManyPixels, UnsupportedFormat
+from app.model_card import Preprocessing
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+# A progressive JPEG is decoded scan by scan over the whole picture, about 2 ns a pixel and scan on
+# one core, so this product bounds one decode at about 2 s. Encoders write 3 to 12 scans.
+MAX_SCAN_PIXELS = 600_000_000
+# Signatures tell a corrupt file of an allowed format (422) from a foreign format (415).
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM")
+_EXIF_ORIENTATION = 0x0112
+# EXIF 2.32, tag 0x0112: the turn that shows the stored picture upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
+# Pillow only warns between its limit and twice it. Our own check, from the header and again after
+# decoding, is stricter and has a setting.
+Image.MAX_IMAGE_PIXELS = None
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One decoded upload."""
+
+    format: str
+    width: int  # as stored, before the EXIF turn
+    height: int
+    patches: NDArray[np.uint8]  # [tokens, P·P·3]
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Where an upright image of a given size is sampled from."""
+
+    scaled: tuple[int, int]  # size of the whole image at the scale of the model's input
+    offset: tuple[int, int]  # left, top of the crop at that scale
+
+    def box(self, width: int, height: int, side: int) -> tuple[float, float, float, float]:
+        """Return the crop in the coordinates of an image stored as `width` × `height`."""
+        x_step, y_step = width / self.scaled[0], height / self.scaled[1]
+        left, top = self.offset
+        return (
+            left * x_step,
+            top * y_step,
+            min((left + side) * x_step, width),
+            min((top + side) * y_step, height),
+        )
+
+
+def geometry(width: int, height: int, preprocessing: Preprocessing) -> Geometry:
+    """Return the resize and crop that timm (torchvision Resize, CenterCrop) would do.
+
+    crop: short side to floor(image_size / crop_fraction), long side truncated, centre crop rounded
+    half to even. squash: both sides to image_size.
+    """
+    side = preprocessing.image_size
+    if preprocessing.resize == "squash":
+        return Geometry((side, side), (0, 0))
+    short = int(side / preprocessing.crop_fraction)
+    scaled = (
+        (short, int(short * height / width))
+        if width <= height
+        else (int(short * width / height), short)
+    )
+    return Geometry(scaled, (round((scaled[0] - side) / 2), round((scaled[1] - side) / 2)))
+
+
+def decode(
+    data: bytes, preprocessing: Preprocessing, max_pixels: int, *, draft: bool = True
+) -> Picture:
+    """Decode an upload into patches exactly as the model card says.
+
+    `draft` lets libjpeg decode a large JPEG at 1/2, 1/4 or 1/8 scale, never below the resize.
+
+    Raises:
+        UnsupportedFormat: not JPEG, PNG, WebP, GIF or BMP.
+        TooManyPixels: the header declares more than `max_pixels`; nothing was decoded.
+        CorruptImage: the header or the content cannot be decoded, or costs too much to decode.
+    """
+    side = preprocessing.image_size
+    with _pillow_errors_as_problems(data):
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _check_cost(image, data, max_pixels)  # before draft(), which rewrites the size
+        # A photo with a second picture inside (MPO) is to its owner a JPEG.
+        file_format = "JPEG" if image.format == "MPO" else str(image.format)
+        if file_format != "JPEG":
+            image.load()  # PNG may hold its orientation after the pixels
+            _check_cost(image, data, max_pixels)  # a GIF frame may outgrow its header
+        width, height = image.size
+        turn = _orientation(image)
+        sideways = turn in _SIDEWAYS
+        crop = geometry(*((height, width) if sideways else (width, height)), preprocessing)
+        if draft and file_format == "JPEG":
+            image.draft("RGB", crop.scaled[::-1] if sideways else crop.scaled)
+        upright = _to_rgb(image)
+        if turn in _UPRIGHT:
+            upright = upright.transpose(_UPRIGHT[turn])
+        square = upright.resize(
+            (side, side),
+            Image.Resampling[preprocessing.interpolation.upper()],
+            box=crop.box(*upright.size, side),
+        )
+    return Picture(file_format, width, height, patchify(square, preprocessing.patch_size))
+
+
+def patchify(image: Image.Image, patch_size: int) -> NDArray[np.uint8]:
+    """Cut a square RGB image into patches, uint8 [tokens, P·P·3].
+
+    Patches are row-major; inside a patch row, column, RGB (the order of Google's stem kernel).
+    """
+    pixels = np.asarray(image)  # [H, W, 3]
+    grid = pixels.shape[0] // patch_size
+    cut = pixels.reshape(grid, patch_size, grid, patch_size, 3)  # [row, y, column, x, 3]
+    return cut.transpose(0, 2, 1, 3, 4).reshape(grid * grid, -1)  # [tokens, P·P·3]
+
+
+def _check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
+    pixels = image.width * image.height
+    if pixels > max_pixels:
+        raise TooManyPixels(
+            f"The image has {image.width} x {image.height} pixels; at most {max_pixels} are taken."
+        )
+    if image.info.get("progressive"):
+        scans = data.count(b"\xff\xda")  # start of scan; inside coded data 0xFF is stuffed
+        if scans * pixels > MAX_SCAN_PIXELS:
+            raise CorruptImage(f"The JPEG has {scans} progressive scans, too many for its size.")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # any parser's error: a picture with broken EXIF still shows
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Return any mode as RGB; whatever is transparent shows white."""
+    if image.mode.startswith("I"):
+        return _eight_bit(image).convert("RGB")
+    if image.has_transparency_data:
+        colored = image.convert("RGBA")
+        paper = Image.new("RGB", image.size, "white")
+        paper.paste(colored, mask=colored.getchannel("A"))
+        return paper
+    return image.convert("RGB")
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bits; Pillow's own conversion would clip all above 255 to white."""
+    grey = np.asarray(image).astype(np.uint32)  # [H, W]
+    scaled = ((grey * 255 + 32767) // 65535).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        scaled[grey == transparent] = 255
+    return Image.fromarray(scaled)
+
+
+@contextmanager
+def _pillow_errors_as_problems(data: bytes) -> Iterator[None]:
+    try:
+        yield
+    except Problem:
+        raise
+    except UnidentifiedImageError as error:
+        if data.startswith(_SIGNATURES) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+            raise CorruptImage("The image's header cannot be read.") from error
+        raise UnsupportedFormat("The upload is not a JPEG, PNG, WebP, GIF or BMP image.") from error
+    except Exception as error:
+        # Pillow's plugins let through whatever their parsers ran into (struct.error, IndexError,
+        # SyntaxError, zlib.error and more), and a hostile file finds the next one: none is ours.
+        raise CorruptImage(f"The image cannot be decoded: {str(error)[:200]}") from error

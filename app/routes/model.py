@@ -1,0 +1,15 @@
+"""`GET /model`: the model card, and the execution provider really in use."""
+
+from fastapi import APIRouter, Request
+
+from app.classifier import Classifier
+from app.schemas import ModelInfo
+
+router = APIRouter(tags=["model"])
+
+
+@router.get("/model")
+async def model(request: Request) -> ModelInfo:
+    """Show what is served and where it runs."""
+    classifier: Classifier = request.app.state.classifier
+    return ModelInfo(**classifier.card.model_dump(), execution_provider=classifier.provider)
