@@ -97,7 +97,6 @@ def decode(
         TooManyPixels: the header declares more than `max_pixels`; nothing was decoded.
         CorruptImage: the header or the content cannot be decoded, or costs too much to decode.
     """
-    side = preprocessing.image_size
     with _pillow_errors_as_problems(data):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_cost(image, data, max_pixels)  # before draft(), which rewrites the size
@@ -115,11 +114,7 @@ def decode(
         upright = _to_rgb(image)
         if turn in _UPRIGHT:
             upright = upright.transpose(_UPRIGHT[turn])
-        square = upright.resize(
-            (side, side),
-            Image.Resampling[preprocessing.interpolation.upper()],
-            box=crop.box(*upright.size, side),
-        )
+        square = _sample(upright, crop.box(*upright.size, preprocessing.image_size), preprocessing)
     return Picture(file_format, width, height, patchify(square, preprocessing.patch_size))
 
 
@@ -151,6 +146,26 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # any parser's error: a picture with broken EXIF still shows
         return 1
+
+
+def _sample(
+    image: Image.Image, box: tuple[float, float, float, float], preprocessing: Preprocessing
+) -> Image.Image:
+    """Crop and resize in one pass: only what the model sees is sampled.
+
+    Pillow squeezes an image that is much taller than the result vertically first, which clips a
+    bicubic's overshoot elsewhere than torchvision's whole resize would. Without the rows that no
+    sample reaches, it takes the same order.
+    """
+    left, top, right, bottom = box
+    side = preprocessing.image_size
+    reach = 3 * max(1.0, (bottom - top) / side) + 1  # Lanczos, the widest, looks 3 samples around
+    first, last = max(0, int(top - reach)), min(image.height, int(bottom + reach) + 1)
+    return image.crop((0, first, image.width, last)).resize(
+        (side, side),
+        Image.Resampling[preprocessing.interpolation.upper()],
+        box=(left, top - first, right, min(bottom - first, last - first)),
+    )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -23,12 +23,15 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: Path = Field(EMBEDDED_MODEL, description="ONNX file written by mixer-export")
+    model: Path = Field(default=EMBEDDED_MODEL, description="ONNX file written by mixer-export")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="execution provider; cuda never falls back, auto says so when it does"
+        default="auto",
+        description="execution provider; cuda never falls back, auto says so when it does",
     )
-    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(
+        default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one"
+    )
     threads: int = Field(
         default_factory=available_cpus,
         ge=1,
@@ -43,26 +46,29 @@ class Settings(BaseModel):
         "(default: the CPUs of this container)",
     )
     max_batch: int = Field(
-        16, ge=1, le=4096, description="images in one inference; more gains little on a CPU"
+        default=16, ge=1, le=4096, description="images in one inference; more gains little on a CPU"
     )
     queue_size: int = Field(
-        1024,
+        default=1024,
         ge=1,
         le=1_000_000,
         description="images decoding or waiting at once, 150 kB each at 224 px; "
         "also the most images in one request",
     )
     max_upload_bytes: int = Field(
-        20 * 2**20, ge=1024, le=2**31, description="bytes of one request's body: a 48 MP phone JPEG"
+        default=20 * 2**20,
+        ge=1024,
+        le=2**31,
+        description="bytes of one request's body: a 48 MP phone JPEG",
     )
     max_pixels: int = Field(
-        50_000_000,
+        default=50_000_000,
         ge=1,
         le=2**31,
         description="pixels of one image, by its header: 4 bytes each while it is decoded",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="least severity that is logged"
+        default="info", description="least severity that is logged"
     )
 
 

@@ -8,13 +8,15 @@ from app.schemas import Status
 router = APIRouter(tags=["health"])
 
 
-@router.api_route("/livez", methods=["GET", "HEAD"])
+@router.head("/livez", include_in_schema=False)
+@router.get("/livez")
 async def livez() -> Status:
     """Tell the orchestrator that this process need not be replaced."""
     return Status(status="live")
 
 
-@router.api_route("/readyz", methods=["GET", "HEAD"])
+@router.head("/readyz", include_in_schema=False)
+@router.get("/readyz")
 async def readyz(request: Request) -> Status:
     """Tell the balancer to send requests: golden sample passed, warm-up done, not draining."""
     if not request.app.state.ready:

@@ -1,0 +1,1 @@
+"""Tests of the service, through HTTP and the command line first."""

@@ -1,0 +1,292 @@
+"""From bytes to patches: the right pixels or the right error."""
+
+import io
+import json
+import math
+import struct
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageOps
+
+from app.errors import CorruptImage, Problem, TooManyPixels, UnsupportedFormat
+from app.images import decode, geometry, patchify
+from app.model_card import Preprocessing
+from tests.fakes import encode
+
+PIXELS = 50_000_000
+
+
+def as_is(side: int) -> Preprocessing:
+    """Return preprocessing that leaves a square image of `side` untouched, in one patch."""
+    return Preprocessing(
+        image_size=side, patch_size=side, crop_fraction=1.0, interpolation="nearest"
+    )
+
+
+def pixels(data: bytes, side: int) -> NDArray[np.int64]:
+    """Return the decoded pixels int64 [side, side, 3] of a square file of `side`."""
+    return decode(data, as_is(side), PIXELS).patches.reshape(side, side, 3).astype(np.int64)
+
+
+def scene(width: int, height: int) -> Image.Image:
+    """Return a picture without any symmetry."""
+    image = Image.new("RGB", (width, height), (30, 60, 90))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, 0, width // 2, height // 3), fill=(250, 200, 10))
+    draw.ellipse((width // 3, height // 2, width - 2, height - 2), fill=(10, 220, 120))
+    draw.line((0, height, width, 0), fill=(255, 255, 255), width=3)
+    return image
+
+
+def test_patches_are_row_major_with_rgb_innermost() -> None:
+    """Patch t holds rows of pixels of grid cell (t // G, t % G), RGB innermost."""
+    image = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    patches = patchify(Image.fromarray(image), 4)
+    assert patches.shape == (4, 48)
+    assert patches.dtype == np.uint8
+    assert (patches[0] == image[:4, :4].reshape(-1)).all()
+    assert (patches[1] == image[:4, 4:].reshape(-1)).all()
+    assert (patches[2] == image[4:, :4].reshape(-1)).all()
+
+
+@given(
+    width=st.integers(1, 5000),
+    height=st.integers(1, 5000),
+    image_size=st.sampled_from([32, 64, 224, 336]),
+    crop=st.sampled_from([0.5, 0.8, 0.875, 0.9, 1.0]),
+    resize=st.sampled_from(["crop", "squash"]),
+)
+def test_box_lies_inside_any_image(
+    width: int, height: int, image_size: int, crop: float, resize: str
+) -> None:
+    """Whatever the size of the image, the sampled box lies inside it and is centred."""
+    preprocessing = Preprocessing.model_validate(
+        {"image_size": image_size, "patch_size": 16, "resize": resize, "crop_fraction": crop}
+    )
+    frame = geometry(width, height, preprocessing)
+    left, top, right, bottom = frame.box(width, height, image_size)
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+    # Off the centre by half a target pixel for the rounding, and one for the truncated long side.
+    assert abs((left + right) - width) <= 2 * width / frame.scaled[0]
+    assert abs((top + bottom) - height) <= 2 * height / frame.scaled[1]
+    assert min(frame.scaled) >= image_size
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 301), (97, 97), (641, 480), (40, 500)])
+@pytest.mark.parametrize("crop", [0.875, 1.0, 0.9])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_one_pass_equals_resize_then_crop(
+    size: tuple[int, int], crop: float, interpolation: str
+) -> None:
+    """Sampling the crop directly gives the pixels of torchvision's Resize and CenterCrop."""
+    preprocessing = Preprocessing.model_validate(
+        {
+            "image_size": 64,
+            "patch_size": 64,
+            "crop_fraction": crop,
+            "interpolation": interpolation,
+        }
+    )
+    image = scene(*size)
+    short = int(64 / crop)
+    width, height = size
+    scaled = (
+        (short, int(short * height / width))
+        if width <= height
+        else (int(short * width / height), short)
+    )
+    left, top = round((scaled[0] - 64) / 2), round((scaled[1] - 64) / 2)
+    resample = Image.Resampling[interpolation.upper()]
+    expected = np.asarray(image.resize(scaled, resample).crop((left, top, left + 64, top + 64)))
+    found = decode(encode(image), preprocessing, PIXELS).patches.reshape(64, 64, 3)
+    difference = np.abs(found.astype(int) - expected.astype(int))
+    assert difference.max() <= 2  # a rounding in the first pass, sharpened by the second
+    assert (difference > 1).mean() < 0.001
+
+
+def test_squash_ignores_the_aspect_ratio() -> None:
+    """Squash resizes both sides to the model's, nothing is cropped."""
+    preprocessing = Preprocessing(
+        image_size=32, patch_size=32, resize="squash", interpolation="bilinear"
+    )
+    image = scene(90, 50)
+    expected = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)).reshape(1, -1)
+    assert (decode(encode(image), preprocessing, PIXELS).patches == expected).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+def test_exif_turn(orientation: int, file_format: str) -> None:
+    """An image with an EXIF orientation gives the pixels of the picture turned upright."""
+    preprocessing = Preprocessing(image_size=32, patch_size=8, interpolation="bilinear")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(scene(200, 90), file_format, exif=exif)
+    picture = decode(data, preprocessing, PIXELS, draft=False)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    expected = decode(encode(upright), preprocessing, PIXELS)
+    assert (picture.width, picture.height) == (200, 90)
+    assert (picture.patches == expected.patches).all()
+
+
+def test_turned_photo_is_drafted_in_its_stored_frame() -> None:
+    """A large JPEG that lies on its side looks the same with and without draft."""
+    preprocessing = Preprocessing(image_size=32, patch_size=8, interpolation="bilinear")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(scene(1600, 900), "JPEG", exif=exif, quality=95)
+    drafted = decode(data, preprocessing, PIXELS).patches.astype(int)
+    plain = decode(data, preprocessing, PIXELS, draft=False).patches.astype(int)
+    assert np.abs(drafted - plain).mean() < 3
+
+
+class TestModes:
+    """Every mode becomes sensible RGB."""
+
+    def test_grey(self) -> None:
+        """Grey is the same value in all three channels."""
+        ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+        assert (pixels(encode(ramp), 16) == np.asarray(ramp)[:, :, None]).all()
+
+    def test_sixteen_bit_grey_is_scaled(self) -> None:
+        """16-bit grey is scaled to 8 bits, not clipped to white."""
+        ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+        found = pixels(encode(Image.fromarray(ramp)), 16)
+        assert np.abs(found - np.round(ramp / 257)[:, :, None]).max() <= 1
+
+    def test_one_bit(self) -> None:
+        """1-bit images are black and white, not black and nearly black."""
+        checks = Image.fromarray((np.indices((16, 16)).sum(0) % 2 * 255).astype(np.uint8))
+        found = pixels(encode(checks.convert("1")), 16)
+        assert (found == np.asarray(checks)[:, :, None]).all()
+
+    def test_alpha_shows_white(self) -> None:
+        """What is transparent shows white, half of it half."""
+        image = Image.new("RGBA", (16, 16), (200, 0, 0, 0))
+        image.paste((200, 0, 0, 255), (0, 0, 8, 16))
+        image.paste((200, 0, 0, 128), (8, 8, 16, 16))
+        found = pixels(encode(image), 16)
+        assert (found[0, 0] == (200, 0, 0)).all()
+        assert (found[0, 15] == (255, 255, 255)).all()
+        assert np.abs(found[15, 15] - (227, 127, 127)).max() <= 1
+
+    def test_grey_with_alpha(self) -> None:
+        """LA images are composed over white as well."""
+        found = pixels(encode(Image.new("LA", (16, 16), (0, 0))), 16)
+        assert (found == 255).all()
+
+    def test_palette_with_transparency(self) -> None:
+        """A palette's transparent entry shows white, the others their color."""
+        image = Image.new("P", (16, 16), 0)
+        image.putpalette([10, 20, 30, 200, 100, 50])
+        image.paste(1, (0, 0, 8, 16))
+        for data in (encode(image, "PNG", transparency=0), encode(image, "GIF", transparency=0)):
+            found = pixels(data, 16)
+            assert (found[0, 0] == (200, 100, 50)).all()
+            assert (found[0, 15] == 255).all()
+
+    def test_cmyk(self) -> None:
+        """A CMYK JPEG shows its colors."""
+        data = encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)
+        assert np.abs(pixels(data, 16) - (255, 0, 0)).max() <= 6
+
+    @pytest.mark.parametrize("file_format", ["GIF", "PNG", "WEBP"])
+    def test_first_frame(self, file_format: str) -> None:
+        """Of an animation the first frame counts."""
+        frames = [Image.new("RGB", (16, 16), c) for c in ("red", "blue")]
+        options: dict[str, object] = {"lossless": True} if file_format == "WEBP" else {}
+        data = encode(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
+        assert (pixels(data, 16) == (255, 0, 0)).all()
+
+
+def test_phone_photo_with_a_second_picture_is_a_jpeg() -> None:
+    """A multi-picture JPEG (MPO) counts as the JPEG that its owner sees."""
+    image = scene(64, 64)
+    data = encode(image, "MPO", save_all=True, append_images=[image])
+    assert decode(data, as_is(64), PIXELS).format == "JPEG"
+
+
+def test_broken_exif_does_not_matter() -> None:
+    """A picture whose EXIF is garbage is decoded as it lies."""
+    data = encode(scene(16, 16), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff\x01")
+    assert decode(data, as_is(16), PIXELS).width == 16
+
+
+def test_progressive_scans_are_bounded() -> None:
+    """A JPEG with too many progressive scans for its size is refused before it is decoded."""
+    data = encode(Image.new("RGB", (2000, 2000)), "JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    decode(data, as_is(32), PIXELS)
+    with pytest.raises(CorruptImage, match="progressive scans"):
+        decode(data[:-2] + scan * 1000 + data[-2:], as_is(32), PIXELS)
+
+
+@given(st.binary(max_size=300))
+def test_random_bytes_are_a_problem(data: bytes) -> None:
+    """Random bytes are refused as a foreign format or a corrupt image, never otherwise."""
+    with pytest.raises((UnsupportedFormat, CorruptImage)):
+        decode(data, as_is(16), PIXELS)
+
+
+@given(
+    file_format=st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP"]),
+    position=st.floats(0, 1, exclude_max=True),
+    value=st.integers(0, 255),
+)
+def test_mutations_are_pictures_or_problems(file_format: str, position: float, value: int) -> None:
+    """One changed byte of a file gives a picture or a problem, nothing else."""
+    data = bytearray(encode(scene(24, 24), file_format))
+    data[int(position * len(data))] = value
+    try:
+        picture = decode(bytes(data), as_is(16), PIXELS)
+    except Problem:
+        return
+    assert picture.patches.shape == (1, 16 * 16 * 3)
+
+
+def test_declared_size_is_checked_before_decoding() -> None:
+    """A tiny file that declares a huge picture is refused by its header."""
+    header = struct.pack(">IIBBBBB", 65535, 65535, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header
+    chunk += struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    data = b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + b"\0" * 4
+    with pytest.raises(TooManyPixels, match="65535 x 65535"):
+        decode(data, as_is(16), PIXELS)
+
+
+def test_pngsuite(shared: Path) -> None:
+    """The pictures of PngSuite give their reference pixels over white."""
+    compared = 0
+    for name, data, reference in _pngsuite(shared / "data" / "hostile-images.tar.xz"):
+        side = math.isqrt(len(reference) // 4)
+        values = np.array(reference, np.float64).reshape(side, side, 4)
+        top = 65535 if values.max() > 255 else 255
+        alpha = values[:, :, 3:] / top
+        expected = alpha * values[:, :, :3] / top * 255 + (1 - alpha) * 255
+        difference = np.abs(pixels(data, side) - expected).max()
+        assert difference <= 1.01, (name, difference)
+        compared += 1
+    assert compared >= 12
+
+
+def _pngsuite(archive: Path) -> Iterator[tuple[str, bytes, list[int]]]:
+    """Yield name, file and reference (RGBA, row by row) of each square picture."""
+    found: dict[str, bytes] = {}
+    with tarfile.open(archive) as members:
+        for member in members:
+            stream = members.extractfile(member) if "/pngsuite/" in f"/{member.name}" else None
+            if stream is not None:
+                found[Path(member.name).name] = stream.read()
+    for name, data in found.items():
+        reference = found.get(name.removesuffix(".png") + ".json")
+        if name.endswith(".png") and reference is not None and name != "cdhn2c08.png":
+            yield name, data, json.loads(reference)
