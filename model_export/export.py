@@ -18,8 +18,8 @@ from model_export.samples import photo_like
 
 _GOLDEN_SEED = 0
 # Largest |Δlogit| / largest |logit| that is still the same model. Measured on the embedded model
-# and a B/16: float32 against float64 6e-7, so another CPU or GPU passes; TF32 4e-4, a wrong GELU form
-# 1.6e-4 and more, so a wrong runtime does not.
+# and a B/16: float32 against float64 6e-7, so another CPU or GPU passes; TF32 4e-4, a wrong GELU
+# form 1.6e-4 and more, so a wrong runtime does not.
 _GOLDEN_SHARE = 1e-4
 _GOLDEN_FLOOR = 1e-6  # a head of zeros has no logits to take a share of
 
