@@ -1,0 +1,128 @@
+"""Read tensors from a checkpoint file, from strangers too: nothing in it is ever executed.
+
+Sizes are checked against the file before anything is allocated, so that a small file cannot ask
+for much memory.
+"""
+
+import math
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import safetensors
+import torch
+from numpy.lib import format as npy
+from torch import Tensor
+
+from model_export.errors import ExportError
+
+Tensors = dict[str, Tensor]
+# Float weights hardly compress (1.1 times); with a head of zeros a checkpoint may by a few times.
+MAX_EXPANSION = 20
+# ml_dtypes' bfloat16 has no name in the npy format: it arrives as two raw bytes (big_vision).
+_RAW_BFLOAT16 = np.dtype("V2")
+
+
+def read(path: Path) -> Tensors:
+    """Read every tensor of an .npz, .safetensors, .pth, .pt or .bin file.
+
+    Raises:
+        ExportError: the file is damaged, hostile, or of another kind.
+    """
+    readers = {".npz": read_npz, ".safetensors": read_safetensors}
+    readers |= dict.fromkeys((".pth", ".pt", ".bin"), read_torch)
+    if path.suffix not in readers:
+        raise ExportError(f"{path.name}: expected a file in {', '.join(readers)}")
+    if not path.is_file():
+        raise ExportError(f"{path}: no such file")
+    return readers[path.suffix](path)
+
+
+def read_npz(path: Path) -> Tensors:
+    """Read the tensors of a numpy archive; pickled objects are refused."""
+    tensors = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            _check_expansion(path, sum(member.file_size for member in members))
+            for member in members:
+                name = member.filename.removesuffix(".npy")
+                with archive.open(member) as stream:
+                    _check_npy_header(path, name, stream, member.file_size)
+                with archive.open(member) as stream:
+                    tensors[name] = _from_numpy(npy.read_array(stream, allow_pickle=False))
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError) as error:
+        raise ExportError(f"{path.name}: not a readable .npz archive ({error})") from error
+    except RuntimeError as error:  # zipfile's word for an encrypted member
+        raise ExportError(f"{path.name}: not a readable .npz archive ({error})") from error
+    return tensors
+
+
+def read_safetensors(path: Path) -> Tensors:
+    """Read the tensors of a safetensors file; the library checks its header against its size."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # no mapping
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ExportError(f"{path.name}: not a readable safetensors file ({error})") from error
+
+
+def read_torch(path: Path) -> Tensors:
+    """Read a torch state dict with `weights_only`, so that its pickle can build tensors alone."""
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:  # torch stores its members uncompressed
+            _check_expansion(path, sum(m.file_size for m in archive.infolist()), times=1)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ExportError(f"{path.name}: refused, it holds more than tensors") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n", maxsplit=1)[0]
+        raise ExportError(f"{path.name}: not a readable torch checkpoint ({reason})") from error
+    for key in ("state_dict_ema", "state_dict", "model"):  # timm's and deit's training checkpoints
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+            break
+    if not isinstance(state, Mapping):
+        raise ExportError(f"{path.name}: holds a {type(state).__name__}, expected a state dict")
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise ExportError(
+                f"{path.name}: {name} is no dense tensor, but {type(tensor).__name__}"
+            )
+    # A tensor may repeat its storage through zero strides: small in the file, huge when copied.
+    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > size:
+        raise ExportError(f"{path.name}: its tensors' shapes ask for more bytes than the file has")
+    return dict(state)
+
+
+def _check_expansion(path: Path, declared_bytes: int, times: int = MAX_EXPANSION) -> None:
+    size = path.stat().st_size
+    if declared_bytes > times * size:
+        raise ExportError(
+            f"{path.name}: refused, its {size} bytes declare {declared_bytes} bytes of content"
+        )
+
+
+def _check_npy_header(path: Path, name: str, stream: IO[bytes], member_bytes: int) -> None:
+    """Refuse a member whose header promises anything but its own bytes."""
+    version = npy.read_magic(stream)
+    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read_header(stream)
+    if dtype.hasobject:
+        raise ExportError(f"{path.name}: {name} holds pickled Python objects, expected floats")
+    if math.prod(shape) * dtype.itemsize != member_bytes - stream.tell():
+        raise ExportError(
+            f"{path.name}: {name} declares shape {shape}, but has {member_bytes} bytes"
+        )
+
+
+def _from_numpy(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tensor:
+    if array.dtype == _RAW_BFLOAT16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return torch.from_numpy(np.require(native, requirements=["W", "C"]))
