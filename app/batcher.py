@@ -1,6 +1,6 @@
 """Dynamic batching: dispatch at once when the engine is idle, gather only while it is busy.
 
-One thread owns the queue and the engine. Decode threads put patches in; the event loop gets the
+One thread owns the queue and the engine. Decode threads put pictures in; the event loop gets the
 logits back, once per batch. So an image crosses threads twice (loop to decoder, engine to loop)
 and the engine never waits for the event loop. A fixed gathering window would cost every quiet
 request its whole length, and a busy engine fills its batches by itself.
@@ -8,7 +8,6 @@ request its whole length, and a busy engine fills its batches by itself.
 
 import asyncio
 import logging
-import math
 import queue
 import threading
 import time
@@ -18,10 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.engine import Engine
-from app.errors import DeadlineExceeded, InferenceFailed
+from app.errors import InferenceFailed
 from app.images import Picture
+from app.latency import LatencyTable
 
 logger = logging.getLogger(__name__)
+
+# A batch that fails may have been unlucky; three in a row mean a broken engine (a poisoned CUDA
+# context fails every call), and three probes later it has not recovered by itself.
+FAILURES_UNTIL_NOT_READY = 3
+FAILURES_UNTIL_NOT_LIVE = 6
+PROBE_PERIOD_S = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -29,16 +35,11 @@ class Entry:
     """One image on its way through the queue."""
 
     future: asyncio.Future[NDArray[np.float32]]  # logits [classes]
-    deadline: float = math.inf  # time.monotonic() seconds
     picture: Picture = field(init=False)  # set by the decode thread
 
     def is_alive(self) -> bool:
-        """Return whether anybody still waits for the answer."""
+        """Return whether anybody still waits: the client is there and its time not run out."""
         return not self.future.cancelled()
-
-    def is_late(self) -> bool:
-        """Return whether the request's time has run out."""
-        return time.monotonic() > self.deadline
 
     def fail(self, error: Exception) -> None:
         """Answer with `error`; on the event loop only."""
@@ -49,9 +50,11 @@ class Entry:
 class Batcher:
     """Owns the engine and its queue; `put` from any thread, await `Entry.future` on the loop."""
 
-    def __init__(self, engine: Engine, max_batch: int) -> None:
+    def __init__(self, engine: Engine, max_batch: int, latency: LatencyTable) -> None:
+        self.failures = 0  # of the engine, in a row
         self._engine = engine
         self._max_batch = max_batch
+        self._latency = latency
         self._queue: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._serve, name="mixer-engine", daemon=True)
@@ -69,19 +72,15 @@ class Batcher:
     def _serve(self) -> None:
         while (batch := self._gather()) is not None:
             if batch:
-                self._loop.call_soon_threadsafe(_settle, batch, self._infer(batch))
+                logits = self._infer(np.stack([entry.picture.patches for entry in batch]))
+                self._loop.call_soon_threadsafe(_settle, batch, logits)
 
     def _gather(self) -> list[Entry] | None:
         """Wait for one entry, take along what has come meanwhile; None when closed."""
         batch: list[Entry] = []
-        entry = self._queue.get()
+        entry = self._wait()
         while entry is not None:
-            if not entry.is_alive():
-                pass  # the client has gone: nobody would read the answer
-            elif entry.is_late():
-                late = DeadlineExceeded("The request's time ran out while it was queued.")
-                self._loop.call_soon_threadsafe(entry.fail, late)
-            else:
+            if entry.is_alive():
                 batch.append(entry)
             if len(batch) == self._max_batch:
                 return batch
@@ -94,14 +93,30 @@ class Batcher:
             return batch
         return None
 
-    def _infer(self, batch: list[Entry]) -> NDArray[np.float32] | None:
-        """Return the batch's logits [batch, classes], or None if the engine raised."""
+    def _wait(self) -> Entry | None:
+        """Wait for an entry; meanwhile probe an engine that has failed too often to get any."""
+        while self.failures >= FAILURES_UNTIL_NOT_READY:
+            try:
+                return self._queue.get(timeout=PROBE_PERIOD_S)
+            except queue.Empty:
+                preprocessing = self._engine.card.preprocessing
+                shape = (1, preprocessing.tokens, preprocessing.patch_bytes)
+                self._infer(np.zeros(shape, np.uint8))
+        return self._queue.get()
+
+    def _infer(self, patches: NDArray[np.uint8]) -> NDArray[np.float32] | None:
+        """Return logits [batch, classes], or None if the engine raised."""
+        start = time.perf_counter()
         try:
-            return self._engine.run(np.stack([entry.picture.patches for entry in batch]))
+            logits = self._engine.run(patches)
         except Exception:
             # Whatever it was, only this batch fails: the next may well pass.
-            logger.exception("the engine failed on a batch of %d", len(batch))
+            logger.exception("the engine failed on a batch of %d", len(patches))
+            self.failures += 1
             return None
+        self._latency.observe_batch(len(patches), time.perf_counter() - start)
+        self.failures = 0 if np.isfinite(logits).any() else self.failures + 1
+        return logits
 
 
 def _settle(batch: list[Entry], logits: NDArray[np.float32] | None) -> None:

@@ -1,22 +1,21 @@
-"""The way of one image after its upload: admitted, decoded in a thread, batched, inferred."""
+"""The way of an image after its upload: decoded in a bounded pool of threads, batched, inferred."""
 
 import asyncio
-import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from app.batcher import Batcher, Entry
+from app.admission import Admission
+from app.batcher import FAILURES_UNTIL_NOT_LIVE, FAILURES_UNTIL_NOT_READY, Batcher, Entry
 from app.engine import Engine
-from app.errors import DeadlineExceeded, Problem, QueueFull, TooManyImages
+from app.errors import DeadlineExceeded, Problem
 from app.images import Picture, decode
+from app.latency import LatencyTable
 from app.settings import Settings
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,69 +27,81 @@ class Classified:
 
 
 class Classifier:
-    """Decodes uploads in a bounded pool and hands them to the batcher; lives on the event loop."""
+    """Takes uploads from the event loop through decode threads and batcher, and back."""
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
+    def __init__(
+        self, engine: Engine, settings: Settings, latency: LatencyTable, admission: Admission
+    ) -> None:
         self.card = engine.card
         self.provider = engine.provider
-        self._settings = settings
-        self._pending = 0  # images admitted and not yet answered
+        self._max_pixels = settings.max_pixels
+        self._latency = latency
+        self._admission = admission
         self._loop = asyncio.get_running_loop()
         self._decoders = ThreadPoolExecutor(settings.decode_threads, "mixer-decode")
-        self._batcher = Batcher(engine, settings.max_batch)
+        self._batcher = Batcher(engine, settings.max_batch, latency)
 
-    async def classify(self, uploads: Sequence[bytes]) -> list[Classified | Problem]:
+    @property
+    def is_ready(self) -> bool:
+        """Return whether the engine works: a balancer may send requests."""
+        return self._batcher.failures < FAILURES_UNTIL_NOT_READY
+
+    @property
+    def is_live(self) -> bool:
+        """Return whether the engine may still recover; if not, replace the process."""
+        return self._batcher.failures < FAILURES_UNTIL_NOT_LIVE
+
+    async def classify(
+        self, uploads: Sequence[bytes], deadline: float
+    ) -> list[Classified | Problem]:
         """Classify each upload, in order; one that fails leaves its neighbours alone.
 
+        `deadline` is in seconds of `time.monotonic()`; what is not done by then is a problem.
+
         Raises:
-            TooManyImages: more uploads than the queue can ever hold.
-            QueueFull: no room for all of them now.
+            TooManyImages, QueueFull, DeadlineExceeded: refused at the door, see Admission.queue.
         """
-        with self._admitted(len(uploads)):
+        with self._admission.queue(len(uploads), deadline):
             entries = [Entry(self._loop.create_future()) for _ in uploads]
             for entry, data in zip(entries, uploads, strict=True):
                 self._decoders.submit(self._decode, entry, data)
-            # When the client hangs up, gather cancels the futures and the entries are dropped.
-            answers = await asyncio.gather(*(e.future for e in entries), return_exceptions=True)
-        results: list[Classified | Problem] = []
-        for entry, answer in zip(entries, answers, strict=True):
-            if isinstance(answer, Problem):
-                results.append(answer)
-            elif isinstance(answer, BaseException):
-                raise answer
-            else:
-                results.append(Classified(entry.picture, answer))
-        return results
+            try:
+                await asyncio.wait(
+                    [entry.future for entry in entries], timeout=deadline - time.monotonic()
+                )
+            finally:
+                # Time is up, or the client has gone: what is left never reaches the engine.
+                for entry in entries:
+                    entry.future.cancel()
+        return [_result(entry) for entry in entries]
 
     async def close(self) -> None:
         """Answer what was admitted, then end the threads."""
         await asyncio.to_thread(self._decoders.shutdown)
         await asyncio.to_thread(self._batcher.close)
 
-    @contextmanager
-    def _admitted(self, images: int) -> Iterator[None]:
-        """Hold places in the queue for `images`, or refuse at the door."""
-        limit = self._settings.queue_size
-        if images > limit:
-            raise TooManyImages(f"The request holds {images} images; at most {limit} are taken.")
-        if self._pending + images > limit:
-            raise QueueFull("The queue is full.", retry_after_s=1)
-        self._pending += images
-        try:
-            yield
-        finally:
-            self._pending -= images
-
     def _decode(self, entry: Entry, data: bytes) -> None:
         """Decode and queue one upload; runs in a decode thread."""
         if not entry.is_alive():
             return
+        start = time.perf_counter()
         try:
-            if entry.is_late():
-                raise DeadlineExceeded("The request's time ran out before it was decoded.")
-            entry.picture = decode(data, self.card.preprocessing, self._settings.max_pixels)
-            self._batcher.put(entry)
+            entry.picture = decode(data, self.card.preprocessing, self._max_pixels)
         except Exception as error:
             # Every error has a request that waits for it: a Problem becomes its answer, anything
             # else is a bug that the request answers with 500.
             self._loop.call_soon_threadsafe(entry.fail, error)
+        else:
+            self._batcher.put(entry)
+        self._latency.observe_decode(time.perf_counter() - start)
+
+
+def _result(entry: Entry) -> Classified | Problem:
+    if entry.future.cancelled():
+        return DeadlineExceeded("The request's time ran out before its image was classified.")
+    error = entry.future.exception()
+    if error is None:
+        return Classified(entry.picture, entry.future.result())
+    if isinstance(error, Problem):
+        return error
+    raise error

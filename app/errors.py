@@ -4,6 +4,8 @@
     Problem                               answers a request as RFC 9457 problem+json
     ├── EmptyBody                 400     no image in the request
     ├── MalformedForm             400     multipart that cannot be read, or without the field
+    ├── Unauthorized              401     no API key, or none that is known
+    ├── BodyTimeout               408     the body took longer than MIXER_BODY_TIMEOUT_S
     ├── TooLarge                  413
     │   ├── BodyTooLarge                  more bytes than MIXER_MAX_UPLOAD_BYTES
     │   ├── TooManyPixels                 more pixels than MIXER_MAX_PIXELS, by the header
@@ -58,6 +60,31 @@ class MalformedForm(Problem):
 
     status = 400
     title = "Malformed form"
+
+
+class Unauthorized(Problem):
+    """The request carries no API key that is known (RFC 9110, section 11.6.1)."""
+
+    status = 401
+    title = "Unauthorized"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Send an API key as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'.",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+class BodyTimeout(Problem):
+    """The body took longer to arrive than allowed; the connection closes."""
+
+    status = 408
+    title = "Request timeout"
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(
+            f"The body did not arrive within {limit_s:g} s.", headers={"Connection": "close"}
+        )
 
 
 class TooLarge(Problem):

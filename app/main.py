@@ -4,26 +4,39 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import numpy as np
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
+from app.admission import Admission
 from app.classifier import Classifier
+from app.door import Door
 from app.engine import Engine
+from app.keys import ApiKeys
+from app.latency import LatencyTable, warm_up
 from app.routes import classify, health, model, problems
+from app.service import Service
 from app.settings import Settings
+from app.uploads import TIMEOUT_HEADER
 
 
 def create_app(settings: Settings, engine: Engine) -> FastAPI:
-    """Return the service around an engine whose golden sample has passed."""
+    """Return the service around an engine whose golden sample has passed.
+
+    Raises:
+        StartupError: the file of API keys cannot be used.
+    """
+    keys = None if settings.api_keys_file is None else ApiKeys(settings.api_keys_file)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(warm_up, engine, settings.max_batch)
-        app.state.classifier = Classifier(engine, settings)
-        app.state.ready = True
+        latency = LatencyTable(settings.max_batch, settings.decode_threads)
+        await asyncio.to_thread(warm_up, engine, settings.max_batch, latency)
+        admission = Admission(settings, latency)
+        classifier = Classifier(engine, settings, latency, admission)
+        app.state.service = Service(settings, admission, classifier)
         yield
-        app.state.ready = False
-        await app.state.classifier.close()
+        app.state.service.draining = True
+        await classifier.close()
 
     app = FastAPI(
         title="Mixer Serve",
@@ -31,19 +44,17 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         version="0.1.0",
         lifespan=lifespan,
     )
-    app.state.settings = settings
-    app.state.ready = False
     for routes in (classify, health, model):
         app.include_router(routes.router)
     problems.answer_errors(app)
+    app.add_middleware(Door, keys=keys)
+    if settings.cors_origins:
+        # Outside the door: a browser's preflight carries no key.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=[origin.strip() for origin in settings.cors_origins.split(",")],
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key", TIMEOUT_HEADER],
+            expose_headers=["Retry-After"],
+        )
     return app
-
-
-def warm_up(engine: Engine, max_batch: int) -> None:
-    """Run every doubling of the batch size once, so that no request pays for a first time."""
-    preprocessing = engine.card.preprocessing
-    batch = 1
-    while batch < max_batch * 2:
-        shape = (min(batch, max_batch), preprocessing.tokens, preprocessing.patch_bytes)
-        engine.run(np.zeros(shape, np.uint8))
-        batch *= 2

@@ -49,10 +49,12 @@ class Classified(BaseModel):
     predictions: list[Prediction] = Field(description="best first")
 
 
-class Classification(Classified):
+class Classification(BaseModel):
     """Answer of `POST /classify`."""
 
     model: ModelName
+    image: ImageInfo
+    predictions: list[Prediction] = Field(description="best first")
 
 
 class ProblemBody(BaseModel):

@@ -1,18 +1,30 @@
 """The command `mixer-serve`: settings, model, socket, server, in this order."""
 
 import logging
+import math
+import os
+import signal
 import socket
 import sys
+import time
+import warnings
 from collections.abc import Sequence
+from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from app.engine import OnnxEngine
 from app.errors import StartupError
 from app.main import create_app
+from app.protocol import bounded
 from app.settings import Settings, read_settings
 
 logger = logging.getLogger(__name__)
+
+# Longer than a balancer keeps an idle connection (nginx: 60 s), or it would send a request into a
+# connection that is just being closed.
+KEEP_ALIVE_S = 75
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,8 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.basicConfig(
             level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
         )
-        engine = OnnxEngine(settings.model, settings.device, settings.threads)
+        # Pillow warns of odd metadata in an upload; that is the client's matter, not the log's.
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
         listener = _bind(settings)
+        engine = OnnxEngine(settings.model, settings.device, settings.threads)
+        app = create_app(settings, engine)
     except StartupError as error:
         sys.stderr.write(f"mixer-serve: {error}\n")
         return 1
@@ -37,22 +52,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"[{host}]" if ":" in host else host,
         port,
     )
-    config = uvicorn.Config(
-        create_app(settings, engine),
-        http="httptools",
-        ws="none",
-        log_config=None,
-        log_level=settings.log_level,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=75,  # outlives a balancer's idle pool (nginx: 60 s)
-    )
-    uvicorn.Server(config).run(sockets=[listener])
+    DrainingServer(app, settings).run(sockets=[listener])
     return 0
 
 
+class DrainingServer(uvicorn.Server):
+    """A server that fails its readiness first, serves on for a while, and only then stops.
+
+    A balancer notices a stopping replica by its readiness probe. Until then it sends requests, and
+    uvicorn alone would have closed its listener on them.
+    """
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=bounded(settings),
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                log_level=settings.log_level,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=settings.grace_s,  # type: ignore[arg-type] # a float does
+            )
+        )
+        self._app = app
+        self._drain_delay_s = settings.drain_delay_s
+        self._stop_at = math.inf  # time.monotonic() seconds
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; a second signal ends the process at once."""
+        if not self.started or self._stop_at < math.inf:
+            os._exit(128 + sig)  # as a shell reports it; threads and clients are given up
+        self._app.state.service.draining = True
+        # Ctrl+C comes from a person at a terminal: no balancer is to be waited for.
+        delay_s = 0.0 if sig == signal.SIGINT else self._drain_delay_s
+        self._stop_at = time.monotonic() + delay_s
+        logger.info("draining for %g s, then stopping", delay_s)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Stop when the drain delay is over; uvicorn asks ten times a second."""
+        self.should_exit = self.should_exit or time.monotonic() >= self._stop_at
+        return await super().on_tick(counter)
+
+
 def _bind(settings: Settings) -> socket.socket:
-    """Bind before the model is served, so that a taken port is one plain line."""
+    """Bind before the model is loaded, so that a taken port is one plain line at once."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

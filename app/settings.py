@@ -7,9 +7,11 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NoReturn, get_args
 
+from annotated_types import Ge, Le
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from app.cpus import available_cpus
 from app.errors import StartupError
@@ -23,7 +25,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: Path = Field(default=EMBEDDED_MODEL, description="ONNX file written by mixer-export")
+    model: Path = Field(
+        default=EMBEDDED_MODEL, description="ONNX file written by mixer-export convert"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
         description="execution provider; cuda never falls back, auto says so when it does",
@@ -55,17 +59,78 @@ class Settings(BaseModel):
         description="images decoding or waiting at once, 150 kB each at 224 px; "
         "also the most images in one request",
     )
+    queue_budget_ms: int = Field(
+        default=2000,
+        ge=1,
+        le=3_600_000,
+        description="longest predicted wait; what would wait longer is refused with 429, since a "
+        "client that waits two seconds is better off at another replica",
+    )
+    request_timeout_ms: int = Field(
+        default=10_000,
+        ge=1,
+        le=3_600_000,
+        description="time for one request from its headers to its answer, then 504; "
+        "X-Request-Timeout-Ms may ask for less",
+    )
+    max_requests: int = Field(
+        default=1024,
+        ge=1,
+        le=1_000_000,
+        description="requests in flight, uploads included; the next one is refused with 429",
+    )
+    max_connections: int = Field(
+        default=4096,
+        ge=1,
+        le=1_000_000,
+        description="open connections, idle ones included: a descriptor and some 10 kB each",
+    )
     max_upload_bytes: int = Field(
         default=20 * 2**20,
         ge=1024,
         le=2**31,
-        description="bytes of one request's body: a 48 MP phone JPEG",
+        description="bytes of one request's body: a 48-megapixel phone JPEG fits",
+    )
+    max_bytes_in_flight: int = Field(
+        default=256 * 2**20,
+        ge=1024,
+        le=2**40,
+        description="bytes of all bodies held at once; the next one is refused with 429",
     )
     max_pixels: int = Field(
         default=50_000_000,
         ge=1,
         le=2**31,
-        description="pixels of one image, by its header: 4 bytes each while it is decoded",
+        description="pixels of one image, by its header: up to 9 bytes each while it is decoded",
+    )
+    header_timeout_s: float = Field(
+        default=10, gt=0, ge=0.1, le=3600, description="time for a request's headers, then 408"
+    )
+    body_timeout_s: float = Field(
+        default=30, gt=0, ge=0.1, le=3600, description="time for a request's body, then 408"
+    )
+    drain_delay_s: float = Field(
+        default=5,
+        ge=0,
+        le=3600,
+        description="after SIGTERM, time to go on serving while /readyz fails: a balancer's "
+        "probe period and one miss",
+    )
+    grace_s: float = Field(
+        default=20,
+        ge=0.1,
+        le=3600,
+        description="after the drain delay, time for requests in flight; with the drain delay "
+        "it must stay below the orchestrator's grace period (Kubernetes: 30 s)",
+    )
+    api_keys_file: Path | None = Field(
+        default=None,
+        description="file of API keys, one a line, reread when it changes; "
+        "without it everyone is served",
+    )
+    cors_origins: str = Field(
+        default="",
+        description="origins whose pages may call the service, comma-separated; none by default",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least severity that is logged"
@@ -93,18 +158,31 @@ def read_settings(
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        raise StartupError(f"{shown[name]}: {first['msg']}") from error
+        name = str(error.errors()[0]["loc"][0])
+        allowed = _allowed(Settings.model_fields[name])
+        raise StartupError(f"{shown[name]}: it must be {allowed}") from error
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override] # argparse's would exit itself
+    def error(self, message: str) -> NoReturn:
         raise StartupError(f"{message}; see mixer-serve --help")
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _allowed(field: FieldInfo) -> str:
+    """Say in words which values a setting takes."""
+    choices = get_args(field.annotation)
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return "one of " + ", ".join(choices)
+    low = max((m.ge for m in field.metadata if isinstance(m, Ge)), default=None)  # type: ignore[type-var] # numbers only
+    high = min((m.le for m in field.metadata if isinstance(m, Le)), default=None)  # type: ignore[type-var] # numbers only
+    if low is not None:
+        kind = "a whole number" if field.annotation is int else "a number"
+        return f"{kind} from {low} to {high}"
+    return "a path" if field.annotation is not str else "a text that is not empty"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,7 +195,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, field in Settings.model_fields.items():
         text = str(field.description).replace("%", "%%")
-        if field.default_factory is None:
-            text += f" (default: {field.default})"
+        if field.default_factory is None and field.default not in (None, ""):
+            text += f" (default: {_relative(field.default)})"
         parser.add_argument(_flag(name), metavar=name.rpartition("_")[2].upper(), help=text)
     return parser
+
+
+def _relative(default: Any) -> Any:
+    return "the embedded " + default.name if isinstance(default, Path) else default

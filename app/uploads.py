@@ -5,7 +5,8 @@ out; so the body is counted at `receive` and parsed here.
 """
 
 import asyncio
-from collections.abc import Coroutine
+import time
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -13,22 +14,48 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
-from app.errors import BodyTooLarge, EmptyBody, MalformedForm, UnsupportedFormat
+from app.admission import BodyBudget
+from app.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    EmptyBody,
+    InvalidParameter,
+    MalformedForm,
+    UnsupportedFormat,
+)
+from app.settings import Settings
 
 FORM = "multipart/form-data"
 RAW = "application/octet-stream"
+TIMEOUT_HEADER = "x-request-timeout-ms"
 Answer = TypeVar("Answer")
 
 
-async def read_image(request: Request, max_bytes: int) -> bytes:
+def read_deadline(request: Request, settings: Settings) -> float:
+    """Return until when the request must be answered, in seconds of `time.monotonic()`.
+
+    Raises:
+        InvalidParameter: `X-Request-Timeout-Ms` is not a positive whole number.
+    """
+    timeout_ms = settings.request_timeout_ms
+    asked = request.headers.get(TIMEOUT_HEADER)
+    if asked is not None:
+        if not (asked.isascii() and asked.isdecimal() and 0 < len(asked) < 16 and int(asked)):
+            raise InvalidParameter("X-Request-Timeout-Ms must be a positive whole number.")
+        timeout_ms = min(timeout_ms, int(asked))
+    return time.monotonic() + timeout_ms / 1000
+
+
+async def read_image(request: Request, settings: Settings, budget: BodyBudget) -> bytes:
     """Return the request's one image: multipart field `file`, or the raw body.
 
     Raises:
-        EmptyBody, BodyTooLarge, MalformedForm, UnsupportedFormat: as their names say.
+        EmptyBody, BodyTooLarge, BodyTimeout, MalformedForm, UnsupportedFormat, QueueFull: as their
+            names say.
     """
     media_type = _media_type(request)
     if media_type == FORM:
-        images = await _read_form(request, "file", max_bytes)
+        images = await _read_form(request, "file", settings, budget)
         if len(images) > 1:
             raise MalformedForm(
                 "The form has several fields 'file'; send many images to /classify/batch."
@@ -38,21 +65,23 @@ async def read_image(request: Request, max_bytes: int) -> bytes:
         raise UnsupportedFormat(
             f"Send the image as {FORM} with field 'file', or raw as image/* or {RAW}."
         )
-    body = await _read_body(request, max_bytes)
+    body = bytearray()
+    await _receive(request, settings, budget, body.extend)
     if not body:
         raise EmptyBody("The request's body is empty; send an image.")
-    return body
+    return bytes(body)
 
 
-async def read_images(request: Request, max_bytes: int) -> list[bytes]:
+async def read_images(request: Request, settings: Settings, budget: BodyBudget) -> list[bytes]:
     """Return the images of the repeated multipart field `files`, in order.
 
     Raises:
-        EmptyBody, BodyTooLarge, MalformedForm, UnsupportedFormat: as their names say.
+        EmptyBody, BodyTooLarge, BodyTimeout, MalformedForm, UnsupportedFormat, QueueFull: as their
+            names say.
     """
     if _media_type(request) != FORM:
         raise UnsupportedFormat(f"Send the images as {FORM} with repeated field 'files'.")
-    return await _read_form(request, "files", max_bytes)
+    return await _read_form(request, "files", settings, budget)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
@@ -86,27 +115,38 @@ def _media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
+async def _receive(
+    request: Request, settings: Settings, budget: BodyBudget, feed: Callable[[bytes], None]
+) -> None:
+    """Feed the body on as it arrives, within its limits of size and time."""
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > max_bytes:
-        raise BodyTooLarge(max_bytes)
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise BodyTooLarge(max_bytes)
-    return bytes(body)
+    if declared.isdecimal():
+        if int(declared) > settings.max_upload_bytes:
+            raise BodyTooLarge(settings.max_upload_bytes)
+        budget.cover(int(declared))
+    size = 0
+    try:
+        async with asyncio.timeout(settings.body_timeout_s):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > settings.max_upload_bytes:
+                    raise BodyTooLarge(settings.max_upload_bytes)
+                budget.cover(size)
+                feed(chunk)
+    except TimeoutError:
+        raise BodyTimeout(settings.body_timeout_s) from None
 
 
-async def _read_form(request: Request, field: str, max_bytes: int) -> list[bytes]:
+async def _read_form(
+    request: Request, field: str, settings: Settings, budget: BodyBudget
+) -> list[bytes]:
     _, options = parse_options_header(request.headers["content-type"])
     boundary = options.get(b"boundary", b"")
     if not boundary:
         raise MalformedForm("The multipart Content-Type names no boundary.")
-    body = await _read_body(request, max_bytes)
-    if not body:
-        raise EmptyBody("The request's body is empty; send an image.")
-    images = _Form(boundary).parse(body).get(field.encode(), [])
+    form = _Form(boundary)
+    await _receive(request, settings, budget, form.feed)
+    images = form.fields().get(field.encode(), [])
     if not images:
         raise MalformedForm(f"The form has no field '{field}'.")
     if not all(images):
@@ -115,56 +155,74 @@ async def _read_form(request: Request, field: str, max_bytes: int) -> list[bytes
 
 
 class _Form:
-    """Collects a form's fields; file names are never looked at."""
+    """Collects a form's fields as they arrive; file names are never looked at."""
 
     def __init__(self, boundary: bytes) -> None:
         self._fields: dict[bytes, list[bytes]] = {}
-        self._header = [bytearray(), bytearray()]  # name, value
+        self._header = (bytearray(), bytearray())  # name, value
         self._name = b""
-        self._content: list[bytes] = []
-        self._ended = False
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": self._begin,
-                "on_header_field": lambda data, start, end: self._add(0, data[start:end]),
-                "on_header_value": lambda data, start, end: self._add(1, data[start:end]),
-                "on_header_end": self._end_header,
-                "on_part_data": lambda data, start, end: self._content.append(data[start:end]),
-                "on_part_end": self._end_part,
-                "on_end": self._end,
-            },
-        )
+        self._content = bytearray()
+        self._started = self._ended = False
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._begin,
+                    "on_header_field": lambda data, start, end: self._add(0, data[start:end]),
+                    "on_header_value": lambda data, start, end: self._add(1, data[start:end]),
+                    "on_header_end": self._end_header,
+                    "on_part_data": self._add_content,
+                    "on_part_end": self._end_part,
+                    "on_end": self._end,
+                },
+            )
+        except MultipartParseError as error:
+            raise MalformedForm("The multipart boundary is not valid.") from error
 
-    def parse(self, body: bytes) -> dict[bytes, list[bytes]]:
+    def feed(self, chunk: bytes) -> None:
+        """Parse the next bytes of the body.
+
+        Raises:
+            MalformedForm: not a multipart form.
+        """
+        self._started = self._started or bool(chunk)
+        try:
+            self._parser.write(chunk)
+        except MultipartParseError as error:
+            raise MalformedForm("The multipart form cannot be read.") from error
+
+    def fields(self) -> dict[bytes, list[bytes]]:
         """Return the parts' contents by field name, in order.
 
         Raises:
-            MalformedForm: not a multipart form, or cut off before its closing boundary.
+            EmptyBody: nothing came.
+            MalformedForm: cut off before the closing boundary.
         """
-        try:
-            self._parser.write(body)
-        except MultipartParseError as error:
-            raise MalformedForm("The multipart form cannot be read.") from error
+        if not self._started:
+            raise EmptyBody("The request's body is empty; send an image.")
         if not self._ended:
             raise MalformedForm("The multipart form ends before its closing boundary.")
         return self._fields
 
     def _begin(self) -> None:
-        self._name, self._content = b"", []
+        self._name, self._content = b"", bytearray()
 
     def _add(self, which: int, data: bytes) -> None:
-        self._header[which] += data
+        self._header[which].extend(data)
 
     def _end_header(self) -> None:
         name, value = map(bytes, self._header)
-        self._header = [bytearray(), bytearray()]
+        self._header = (bytearray(), bytearray())
         if name.lower() == b"content-disposition":
             _, options = parse_options_header(value)
             self._name = options.get(b"name", b"")
 
+    def _add_content(self, data: bytes, start: int, end: int) -> None:
+        self._content += memoryview(data)[start:end]
+
     def _end_part(self) -> None:
-        self._fields.setdefault(self._name, []).append(b"".join(self._content))
+        self._fields.setdefault(self._name, []).append(bytes(self._content))
+        self._content = bytearray()
 
     def _end(self) -> None:
         self._ended = True

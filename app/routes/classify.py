@@ -10,7 +10,8 @@ from app.classifier import Classified, Classifier
 from app.errors import InvalidParameter, Problem
 from app.predictions import best
 from app.schemas import DEFAULT_TOP_K, TopK
-from app.uploads import read_image, read_images, unless_gone
+from app.service import Service
+from app.uploads import read_deadline, read_image, read_images, unless_gone
 
 router = APIRouter(tags=["classify"])
 
@@ -29,7 +30,7 @@ def _form(field: str, schema: dict[str, Any]) -> dict[str, Any]:
 @router.post(
     "/classify",
     response_model=schemas.Classification,
-    responses=_problems(400, 413, 415, 422, 429, 500, 503, 504),
+    responses=_problems(400, 401, 408, 413, 415, 422, 429, 500, 503, 504),
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -43,10 +44,13 @@ def _form(field: str, schema: dict[str, Any]) -> dict[str, Any]:
 )
 async def classify(request: Request, top_k: TopK = None) -> Response:
     """Classify one image: multipart field `file`, or the raw body."""
-    classifier: Classifier = request.app.state.classifier
+    service: Service = request.app.state.service
+    classifier, settings = service.classifier, service.settings
+    deadline = read_deadline(request, settings)
     count = _checked_top_k(top_k, classifier)
-    upload = await read_image(request, request.app.state.settings.max_upload_bytes)
-    [result] = await unless_gone(request, classifier.classify([upload]))
+    with service.admission.body() as budget:
+        upload = await read_image(request, settings, budget)
+        [result] = await unless_gone(request, classifier.classify([upload], deadline))
     if isinstance(result, Problem):
         raise result
     return _json(
@@ -61,7 +65,7 @@ async def classify(request: Request, top_k: TopK = None) -> Response:
 @router.post(
     "/classify/batch",
     response_model=schemas.BatchClassification,
-    responses=_problems(400, 413, 415, 422, 429, 503),
+    responses=_problems(400, 401, 408, 413, 415, 422, 429, 503, 504),
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -73,10 +77,13 @@ async def classify(request: Request, top_k: TopK = None) -> Response:
 )
 async def classify_batch(request: Request, top_k: TopK = None) -> Response:
     """Classify many images: multipart, repeated field `files`; one bad image fails alone."""
-    classifier: Classifier = request.app.state.classifier
+    service: Service = request.app.state.service
+    classifier, settings = service.classifier, service.settings
+    deadline = read_deadline(request, settings)
     count = _checked_top_k(top_k, classifier)
-    uploads = await read_images(request, request.app.state.settings.max_upload_bytes)
-    results = await unless_gone(request, classifier.classify(uploads))
+    with service.admission.body() as budget:
+        uploads = await read_images(request, settings, budget)
+        results = await unless_gone(request, classifier.classify(uploads, deadline))
     return _json(
         schemas.BatchClassification(
             model=_model_name(classifier),

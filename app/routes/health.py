@@ -4,14 +4,18 @@ from fastapi import APIRouter, Request
 
 from app.errors import NotReady
 from app.schemas import Status
+from app.service import Service
 
 router = APIRouter(tags=["health"])
 
 
 @router.head("/livez", include_in_schema=False)
 @router.get("/livez")
-async def livez() -> Status:
+async def livez(request: Request) -> Status:
     """Tell the orchestrator that this process need not be replaced."""
+    service: Service = request.app.state.service
+    if not service.classifier.is_live:
+        raise NotReady("The engine fails on every batch; replace this process.")
     return Status(status="live")
 
 
@@ -19,6 +23,9 @@ async def livez() -> Status:
 @router.get("/readyz")
 async def readyz(request: Request) -> Status:
     """Tell the balancer to send requests: golden sample passed, warm-up done, not draining."""
-    if not request.app.state.ready:
-        raise NotReady("Not ready yet, or draining.")
+    service: Service = request.app.state.service
+    if service.draining:
+        raise NotReady("Draining: this replica is about to stop.")
+    if not service.classifier.is_ready:
+        raise NotReady("The engine fails on every batch.")
     return Status(status="ready")

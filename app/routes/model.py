@@ -2,7 +2,6 @@
 
 from fastapi import APIRouter, Request
 
-from app.classifier import Classifier
 from app.schemas import ModelInfo
 
 router = APIRouter(tags=["model"])
@@ -11,5 +10,5 @@ router = APIRouter(tags=["model"])
 @router.get("/model")
 async def model(request: Request) -> ModelInfo:
     """Show what is served and where it runs."""
-    classifier: Classifier = request.app.state.classifier
+    classifier = request.app.state.service.classifier
     return ModelInfo(**classifier.card.model_dump(), execution_provider=classifier.provider)

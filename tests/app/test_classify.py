@@ -117,7 +117,16 @@ def test_each_concurrent_request_gets_its_own_answer() -> None:
     count = 10_000
     colors = [(n % 100, n // 100, 100) for n in range(count)]
     engine = FakeEngine()
-    app = create_app(Settings(queue_size=count, max_batch=64), engine)
+    app = create_app(
+        Settings(
+            queue_size=count,
+            max_requests=count,
+            max_batch=64,
+            queue_budget_ms=600_000,
+            request_timeout_ms=600_000,
+        ),
+        engine,
+    )
 
     async def run() -> list[httpx2.Response]:
         async with (

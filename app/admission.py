@@ -1,0 +1,117 @@
+"""The door: what comes in is counted and bounded, what cannot be served in time is refused.
+
+Requests, body bytes and images in flight each have a limit; a place is taken by try-acquire and
+given back in a finally, so that no error leaks one. All of it runs on the event loop: no locks.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from app.errors import DeadlineExceeded, QueueFull, TooManyImages
+from app.latency import LatencyTable
+from app.settings import Settings
+
+
+class Admission:
+    """Counts of what is in flight, and the rules by which more is taken."""
+
+    def __init__(self, settings: Settings, latency: LatencyTable) -> None:
+        self._settings = settings
+        self._latency = latency
+        self.requests = 0
+        self.body_bytes = 0
+        self.images = 0  # admitted and not yet answered
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Hold a place for one request, its upload included.
+
+        Raises:
+            QueueFull: too many requests, or their images would wait longer than the budget.
+        """
+        if self.requests >= self._settings.max_requests:
+            raise self._full("Too many requests are in flight.")
+        self._check_budget()
+        self.requests += 1
+        try:
+            yield
+        finally:
+            self.requests -= 1
+
+    @contextmanager
+    def body(self) -> "Iterator[BodyBudget]":
+        """Count the bytes of one body for as long as it is held."""
+        budget = BodyBudget(self)
+        try:
+            yield budget
+        finally:
+            self.body_bytes -= budget.taken
+
+    @contextmanager
+    def queue(self, images: int, deadline: float) -> Iterator[None]:
+        """Hold places in the queue until `images` are answered.
+
+        `deadline` is in seconds of `time.monotonic()`.
+
+        Raises:
+            TooManyImages: more than the queue can ever hold.
+            QueueFull: no room, or the wait would outlast the budget or the deadline.
+            DeadlineExceeded: not even an idle service could make the deadline.
+        """
+        limit = self._settings.queue_size
+        if images > limit:
+            raise TooManyImages(f"The request holds {images} images; at most {limit} are taken.")
+        if self.images + images > limit:
+            raise self._full("The queue is full.")
+        self._check_budget()
+        left_s = deadline - time.monotonic()
+        service_s = self._latency.service_s(images)
+        if service_s > left_s:
+            raise DeadlineExceeded(
+                f"The request takes about {service_s * 1000:.0f} ms and has {left_s * 1000:.0f} ms."
+            )
+        if self._latency.wait_s(self.images) + service_s > left_s:
+            raise self._full("The queue is too long for the request's deadline.")
+        self.images += images
+        try:
+            yield
+        finally:
+            self.images -= images
+
+    def take_bytes(self, count: int) -> None:
+        """Count `count` more body bytes, or refuse them.
+
+        Raises:
+            QueueFull: all bodies together would be over the limit.
+        """
+        if self.body_bytes + count > self._settings.max_bytes_in_flight:
+            raise self._full("Too many bytes are in flight.")
+        self.body_bytes += count
+
+    def _check_budget(self) -> None:
+        if self._latency.wait_s(self.images) * 1000 > self._settings.queue_budget_ms:
+            raise self._full("The queue is too long.")
+
+    def _full(self, detail: str) -> QueueFull:
+        """Refuse, saying when the present queue will have been worked off."""
+        return QueueFull(detail, max(1, math.ceil(self._latency.wait_s(self.images))))
+
+
+class BodyBudget:
+    """The bytes that one request's body has taken of the limit so far."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self.taken = 0
+
+    def cover(self, size: int) -> None:
+        """Take as many more bytes as a body of `size` needs.
+
+        Raises:
+            QueueFull: all bodies together would be over the limit.
+        """
+        if size > self.taken:
+            self._admission.take_bytes(size - self.taken)
+            self.taken = size

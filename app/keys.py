@@ -1,0 +1,68 @@
+"""API keys: several at once, so that they can be rotated, reread when their file changes."""
+
+import hashlib
+import hmac
+import logging
+import time
+from pathlib import Path
+
+from starlette.datastructures import Headers
+
+from app.errors import StartupError
+
+logger = logging.getLogger(__name__)
+
+# How soon a changed file counts; looking costs a microsecond, so once a second is free.
+RELOAD_PERIOD_S = 1.0
+
+
+class ApiKeys:
+    """The keys of one file: one a line, empty lines and lines that begin with # left out.
+
+    Raises:
+        StartupError: the file cannot be read or holds no key.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._checked_at = time.monotonic()
+        try:
+            self._stamp = self._look()
+            self._digests = self._read()
+        except (OSError, ValueError) as error:
+            raise StartupError(f"MIXER_API_KEYS_FILE={path}: {error}") from error
+
+    def allow(self, headers: Headers) -> bool:
+        """Return whether the request carries a known key, in constant time for each."""
+        self._reload()
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not key:
+            key = headers.get("x-api-key", "")
+        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        # Digests are of one length, and no comparison ends early: time tells nothing of a key.
+        return any([hmac.compare_digest(digest, known) for known in self._digests])  # noqa: C419 - a generator would stop at the first match
+
+    def _reload(self) -> None:
+        now = time.monotonic()
+        if now - self._checked_at < RELOAD_PERIOD_S:
+            return
+        self._checked_at = now
+        try:
+            stamp = self._look()
+            if stamp != self._stamp:
+                self._digests = self._read()
+                self._stamp = stamp
+                logger.info("API keys reread: %d", len(self._digests))
+        except (OSError, ValueError) as error:
+            logger.error("API keys kept as they were, the file cannot be read: %s", error)  # noqa: TRY400 - no traceback for an operator's slip
+
+    def _look(self) -> tuple[int, int, int]:
+        status = self._path.stat()
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+    def _read(self) -> list[bytes]:
+        lines = [line.strip() for line in self._path.read_text().splitlines()]
+        keys = [line for line in lines if line and not line.startswith("#")]
+        if not keys:
+            raise ValueError("the file holds no key")
+        return [hashlib.sha256(key.encode()).digest() for key in keys]

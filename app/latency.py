@@ -1,0 +1,75 @@
+"""How long the work takes here, measured while it runs, and what an arrival may expect.
+
+A Mixer's cost is a function of the batch size alone, so a table of seconds per batch size, kept
+current, predicts the wait of every arrival.
+"""
+
+import time
+
+import numpy as np
+
+from app.engine import Engine
+
+# Weight of the newest measurement: about ten batches after a change the table has followed it.
+FRESHNESS = 0.2
+
+
+class LatencyTable:
+    """Seconds per batch size and per decoded image; written by the threads, read by the loop.
+
+    Values are replaced whole, and a measurement lost between two decode threads does not matter,
+    so there is nothing to lock.
+    """
+
+    def __init__(self, max_batch: int, decode_threads: int) -> None:
+        self._max_batch = max_batch
+        self._decode_threads = decode_threads
+        self._measured: dict[int, float] = {}
+        self._seconds = [0.0] * (max_batch + 1)  # by batch size, between measured ones interpolated
+        self._decode_s = 0.0
+
+    def observe_batch(self, images: int, seconds: float) -> None:
+        """Take in the duration of one inference."""
+        known = self._measured.get(images, seconds)
+        self._measured[images] = known + FRESHNESS * (seconds - known)
+        sizes = sorted(self._measured)
+        self._seconds = np.interp(
+            range(self._max_batch + 1), [0, *sizes], [0.0, *(self._measured[s] for s in sizes)]
+        ).tolist()
+
+    def observe_decode(self, seconds: float) -> None:
+        """Take in the duration of one decode."""
+        known = self._decode_s or seconds
+        self._decode_s = known + FRESHNESS * (seconds - known)
+
+    def service_s(self, images: int) -> float:
+        """Return the seconds that `images` take on an idle service."""
+        return self._decode_s * (1 + images / self._decode_threads) + self._inference_s(images)
+
+    def wait_s(self, pending: int) -> float:
+        """Return the seconds until `pending` images, all admitted before, are answered.
+
+        Decoding and inference go on side by side, so the slower of the two sets the pace.
+        """
+        return max(self._decode_s * pending / self._decode_threads, self._inference_s(pending))
+
+    def _inference_s(self, images: int) -> float:
+        full, rest = divmod(images, self._max_batch)
+        return full * self._seconds[self._max_batch] + self._seconds[rest]
+
+
+def warm_up(engine: Engine, max_batch: int, latency: LatencyTable) -> None:
+    """Run every doubling of the batch size, so that no request pays for a first time.
+
+    The first run of a size allocates, the second is measured.
+    """
+    preprocessing = engine.card.preprocessing
+    size = 1
+    while size < 2 * max_batch:
+        images = min(size, max_batch)
+        patches = np.zeros((images, preprocessing.tokens, preprocessing.patch_bytes), np.uint8)
+        engine.run(patches)
+        start = time.perf_counter()
+        engine.run(patches)
+        latency.observe_batch(images, time.perf_counter() - start)
+        size *= 2
