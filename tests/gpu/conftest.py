@@ -1,0 +1,19 @@
+"""Without a GPU these tests stop the run with a code of its own: they never pass unproven."""
+
+import ctypes
+
+import pytest
+
+# As automake's test driver has it: could not be run here. pytest itself uses 0 to 5.
+NO_GPU = 77
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpu() -> None:
+    """Stop the whole run where the driver has no device."""
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuInit(0)
+    except OSError:
+        status = -1
+    if status != 0:
+        pytest.exit("no GPU here: nothing of the CUDA path was proven", returncode=NO_GPU)
