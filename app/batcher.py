@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.engine import Engine
-from app.errors import InferenceFailed
+from app.errors import DeadlineExceeded, InferenceFailed, Problem
 from app.images import Picture
 from app.latency import LatencyTable
+from app.metrics import Metrics
+from app.trace import Stages
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +38,30 @@ class Entry:
 
     future: asyncio.Future[NDArray[np.float32]]  # logits [classes]
     picture: Picture = field(init=False)  # set by the decode thread
+    request_id: str = ""
+    # Seconds of time.perf_counter(), each set where it happens.
+    received: float = field(default_factory=time.perf_counter)
+    decoding: float = 0.0
+    decoded: float = 0.0
+    inferring: float = 0.0
+    inferred: float = 0.0
 
     def is_alive(self) -> bool:
         """Return whether anybody still waits: the client is there and its time not run out."""
         return not self.future.cancelled()
+
+    def outcome(self) -> str:
+        """Return what became of it, once it is settled: `ok`, or the kind of its problem."""
+        if self.future.cancelled():
+            return DeadlineExceeded("").kind
+        error = self.future.exception()
+        return "ok" if error is None else error.kind if isinstance(error, Problem) else "bug"
+
+    def stages(self) -> Stages | None:
+        """Return the times of an entry that has been through the engine."""
+        if not self.inferred:
+            return None
+        return Stages(self.received, self.decoding, self.decoded, self.inferring, self.inferred)
 
     def fail(self, error: Exception) -> None:
         """Answer with `error`; on the event loop only."""
@@ -50,11 +72,14 @@ class Entry:
 class Batcher:
     """Owns the engine and its queue; `put` from any thread, await `Entry.future` on the loop."""
 
-    def __init__(self, engine: Engine, max_batch: int, latency: LatencyTable) -> None:
+    def __init__(
+        self, engine: Engine, max_batch: int, latency: LatencyTable, metrics: Metrics
+    ) -> None:
         self.failures = 0  # of the engine, in a row
         self._engine = engine
         self._max_batch = max_batch
         self._latency = latency
+        self._metrics = metrics
         self._queue: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._serve, name="mixer-engine", daemon=True)
@@ -72,7 +97,17 @@ class Batcher:
     def _serve(self) -> None:
         while (batch := self._gather()) is not None:
             if batch:
-                logits = self._infer(np.stack([entry.picture.patches for entry in batch]))
+                forming = time.perf_counter()
+                patches = np.stack([entry.picture.patches for entry in batch])
+                inferring = time.perf_counter()
+                logits = self._infer(patches)
+                inferred = time.perf_counter()
+                self._metrics.finish_batch(len(batch), inferring - forming, inferred - inferring)
+                for entry in batch:
+                    entry.inferring, entry.inferred = inferring, inferred
+                if logits is None:
+                    ids = ", ".join(entry.request_id for entry in batch)
+                    logger.error("the requests of the batch that failed: %s", ids)
                 self._loop.call_soon_threadsafe(_settle, batch, logits)
 
     def _gather(self) -> list[Entry] | None:

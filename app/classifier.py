@@ -15,7 +15,9 @@ from app.engine import Engine
 from app.errors import DeadlineExceeded, Problem
 from app.images import Picture, decode
 from app.latency import LatencyTable
+from app.metrics import Metrics
 from app.settings import Settings
+from app.trace import current
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +32,22 @@ class Classifier:
     """Takes uploads from the event loop through decode threads and batcher, and back."""
 
     def __init__(
-        self, engine: Engine, settings: Settings, latency: LatencyTable, admission: Admission
+        self,
+        engine: Engine,
+        settings: Settings,
+        latency: LatencyTable,
+        admission: Admission,
+        metrics: Metrics,
     ) -> None:
         self.card = engine.card
         self.provider = engine.provider
         self._max_pixels = settings.max_pixels
         self._latency = latency
         self._admission = admission
+        self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._decoders = ThreadPoolExecutor(settings.decode_threads, "mixer-decode")
-        self._batcher = Batcher(engine, settings.max_batch, latency)
+        self._batcher = Batcher(engine, settings.max_batch, latency, metrics)
 
     @property
     def is_ready(self) -> bool:
@@ -61,8 +69,10 @@ class Classifier:
         Raises:
             TooManyImages, QueueFull, DeadlineExceeded: refused at the door, see Admission.queue.
         """
-        with self._admission.queue(len(uploads), deadline):
-            entries = [Entry(self._loop.create_future()) for _ in uploads]
+        trace = current()
+        request_id = trace.request_id if trace else ""
+        with self._admission.queue(len(uploads), deadline) as predicted_s:
+            entries = [Entry(self._loop.create_future(), request_id) for _ in uploads]
             for entry, data in zip(entries, uploads, strict=True):
                 self._decoders.submit(self._decode, entry, data)
             try:
@@ -73,6 +83,7 @@ class Classifier:
                 # Time is up, or the client has gone: what is left never reaches the engine.
                 for entry in entries:
                     entry.future.cancel()
+        self._report(entries, predicted_s)
         return [_result(entry) for entry in entries]
 
     async def close(self) -> None:
@@ -84,7 +95,7 @@ class Classifier:
         """Decode and queue one upload; runs in a decode thread."""
         if not entry.is_alive():
             return
-        start = time.perf_counter()
+        entry.decoding = time.perf_counter()
         try:
             entry.picture = decode(data, self.card.preprocessing, self._max_pixels)
         except Exception as error:
@@ -92,8 +103,23 @@ class Classifier:
             # else is a bug that the request answers with 500.
             self._loop.call_soon_threadsafe(entry.fail, error)
         else:
+            entry.decoded = time.perf_counter()
             self._batcher.put(entry)
-        self._latency.observe_decode(time.perf_counter() - start)
+        self._latency.observe_decode(time.perf_counter() - entry.decoding)
+
+    def _report(self, entries: Sequence[Entry], predicted_s: float) -> None:
+        """Give the metrics each image's outcome and times, the trace those of the slowest."""
+        slowest = None
+        for entry in entries:
+            stages = entry.stages()
+            self._metrics.finish_image(stages, entry.outcome())
+            if stages is not None and (slowest is None or stages.inferred > slowest.inferred):
+                slowest = stages
+        if slowest is not None:
+            self._metrics.compare(predicted_s, time.perf_counter() - slowest.received)
+        trace = current()
+        if trace is not None:
+            trace.images, trace.stages = len(entries), slowest
 
 
 def _result(entry: Entry) -> Classified | Problem:

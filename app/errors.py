@@ -37,11 +37,17 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's own word
 
     status: ClassVar[int]
     title: ClassVar[str]
+    reason: str | None = None  # for the metrics, where the kind alone would not tell why
 
     def __init__(self, detail: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(detail)
         self.detail = detail
         self.headers = dict(headers or {})
+
+    @property
+    def kind(self) -> str:
+        """The last part of the problem's type, stable for clients and dashboards."""
+        return kind_of(self.title)
 
     def body(self) -> dict[str, Any]:
         """Return the problem object of RFC 9457, section 3."""
@@ -144,8 +150,9 @@ class QueueFull(Problem):
     status = 429
     title = "Queue full"
 
-    def __init__(self, detail: str, retry_after_s: int) -> None:
+    def __init__(self, detail: str, retry_after_s: int, reason: str) -> None:
         super().__init__(detail, headers={"Retry-After": str(retry_after_s)})
+        self.reason = reason
 
 
 class InferenceFailed(Problem):
@@ -169,11 +176,15 @@ class DeadlineExceeded(Problem):
     title = "Deadline exceeded"
 
 
+def kind_of(title: str) -> str:
+    """Return a title as the last part of a problem's type."""
+    return title.lower().replace(" ", "-")
+
+
 def problem_body(status: int, title: str, detail: str) -> dict[str, Any]:
     """Return an RFC 9457 problem object; the type is stable for clients to switch on."""
-    kind = title.lower().replace(" ", "-")
     return {
-        "type": f"urn:problem-type:mixer-serve:{kind}",
+        "type": f"urn:problem-type:mixer-serve:{kind_of(title)}",
         "title": title,
         "status": status,
         "detail": detail,
@@ -181,11 +192,18 @@ def problem_body(status: int, title: str, detail: str) -> dict[str, Any]:
 
 
 def problem_response(
-    status: int, detail: str, title: str | None = None, headers: Mapping[str, str] | None = None
+    status: int,
+    detail: str,
+    title: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    extra: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    """Return the `application/problem+json` answer; the title defaults to the status phrase."""
+    """Return the `application/problem+json` answer; the title defaults to the status phrase.
+
+    `extra` are members besides RFC 9457's own.
+    """
     return JSONResponse(
-        problem_body(status, title or HTTPStatus(status).phrase, detail),
+        {**problem_body(status, title or HTTPStatus(status).phrase, detail), **(extra or {})},
         status_code=status,
         headers=dict(headers or {}),
         media_type="application/problem+json",

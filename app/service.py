@@ -15,3 +15,8 @@ class Service:
     admission: Admission
     classifier: Classifier
     draining: bool = False  # told to stop: still serving, but no longer ready
+
+    @property
+    def is_ready(self) -> bool:
+        """Return whether a balancer may send requests."""
+        return not self.draining and self.classifier.is_ready

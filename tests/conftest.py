@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 from app.main import create_app
 from app.settings import Settings
 from tests.fakes import FakeEngine
+from tests.live import LiveServer, live_server
 
 ROOT = Path(__file__).parent.parent
 Serve = Callable[..., TestClient]
@@ -40,3 +41,10 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the data sets beside the checkout (../shared) are absent")
     return folder
+
+
+@pytest.fixture(scope="session")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """Return a running server of the embedded model."""
+    with live_server(tmp_path_factory.mktemp("live")) as server:
+        yield server
