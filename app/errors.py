@@ -4,7 +4,9 @@
     Problem                               answers a request as RFC 9457 problem+json
     ├── EmptyBody                 400     no image in the request
     ├── MalformedForm             400     multipart that cannot be read, or without the field
+    ├── MalformedJson             400     a JSON body that is none
     ├── Unauthorized              401     no API key, or none that is known
+    ├── NoSuchModel               404     another model than the one that is served
     ├── BodyTimeout               408     the body took longer than MIXER_BODY_TIMEOUT_S
     ├── TooLarge                  413
     │   ├── BodyTooLarge                  more bytes than MIXER_MAX_UPLOAD_BYTES
@@ -68,6 +70,13 @@ class MalformedForm(Problem):
     title = "Malformed form"
 
 
+class MalformedJson(Problem):
+    """The body says it is JSON, and is not."""
+
+    status = 400
+    title = "Malformed JSON"
+
+
 class Unauthorized(Problem):
     """The request carries no API key that is known (RFC 9110, section 11.6.1)."""
 
@@ -79,6 +88,13 @@ class Unauthorized(Problem):
             "Send an API key as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'.",
             headers={"WWW-Authenticate": "Bearer"},
         )
+
+
+class NoSuchModel(Problem):
+    """The client names another model, or another version, than the one that is served."""
+
+    status = 404
+    title = "No such model"
 
 
 class BodyTimeout(Problem):

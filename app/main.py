@@ -15,7 +15,15 @@ from app.engine import Engine
 from app.keys import ApiKeys
 from app.latency import LatencyTable, warm_up
 from app.metrics import Metrics
-from app.routes import classify, health, metrics, model, problems
+from app.routes import (
+    classify,
+    health,
+    hugging_face,
+    inference_protocol,
+    metrics,
+    model,
+    problems,
+)
 from app.service import Service
 from app.settings import Settings
 from app.uploads import TIMEOUT_HEADER
@@ -51,7 +59,10 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     )
     app.state.metrics = measures
     _show_states(measures, app)
-    routers = [module.router for module in (classify, health, metrics, model)]
+    routers = [
+        module.router
+        for module in (classify, health, model, metrics, hugging_face, inference_protocol)
+    ]
     for router in routers:
         app.include_router(router)
     problems.answer_errors(app)
