@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 FAILURES_UNTIL_NOT_READY = 3
 FAILURES_UNTIL_NOT_LIVE = 6
 PROBE_PERIOD_S = 1.0
+# A request that comes while spare work runs waits for it: no longer than a person could notice.
+SPARE_BATCH_S = 0.02
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +42,7 @@ class Entry:
     future: asyncio.Future[NDArray[np.float32]]  # logits [classes]
     picture: Picture = field(init=False)  # set by the decode thread
     request_id: str = ""
+    is_spare: bool = False  # runs only while nothing else waits
     # Seconds of time.perf_counter(), each set where it happens.
     received: float = field(default_factory=time.perf_counter)
     decoding: float = 0.0
@@ -80,6 +84,7 @@ class Batcher:
         self._max_batch = max_batch
         self._latency = latency
         self._metrics = metrics
+        self._spare: deque[Entry] = deque()
         self._queue: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._serve, name="mixer-engine", daemon=True)
@@ -113,20 +118,26 @@ class Batcher:
     def _gather(self) -> list[Entry] | None:
         """Wait for one entry, take along what has come meanwhile; None when closed."""
         batch: list[Entry] = []
-        entry = self._wait()
-        while entry is not None:
-            if entry.is_alive():
-                batch.append(entry)
-            if len(batch) == self._max_batch:
-                return batch
-            try:
+        try:
+            entry = self._queue.get_nowait() if self._spare else self._wait()
+            while entry is not None:
+                if entry.is_alive():
+                    (self._spare if entry.is_spare else batch).append(entry)
+                if len(batch) == self._max_batch:
+                    return batch
                 entry = self._queue.get_nowait()
-            except queue.Empty:
-                return batch
+        except queue.Empty:
+            return batch or self._spare_batch()
         if batch:
             self._queue.put(None)  # closed: run this last batch, then meet the mark again
             return batch
         return None
+
+    def _spare_batch(self) -> list[Entry]:
+        """Return spare work for one short inference, nothing else being there to do."""
+        size = self._latency.images_within(SPARE_BATCH_S)
+        entries = [self._spare.popleft() for _ in range(min(size, len(self._spare)))]
+        return [entry for entry in entries if entry.is_alive()]
 
     def _wait(self) -> Entry | None:
         """Wait for an entry; meanwhile probe an engine that has failed too often to get any."""

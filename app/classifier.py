@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from app.latency import LatencyTable
 from app.metrics import Metrics
 from app.settings import Settings
 from app.trace import current
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,33 @@ class Classifier:
                     entry.future.cancel()
         self._report(entries, predicted_s)
         return [_result(entry) for entry in entries]
+
+    async def infer_spare(
+        self, pictures: Sequence[Picture], deadline: float
+    ) -> list[NDArray[np.float32]]:
+        """Return the logits [classes] of each picture, inferred while nothing else waits.
+
+        Raises:
+            DeadlineExceeded: the engine had no spare time before `deadline`.
+            InferenceFailed: the engine failed.
+        """
+        entries = [Entry(self._loop.create_future(), is_spare=True) for _ in pictures]
+        for entry, picture in zip(entries, pictures, strict=True):
+            entry.picture = picture
+            self._batcher.put(entry)
+        futures = [entry.future for entry in entries]
+        try:
+            await asyncio.wait(futures, timeout=deadline - time.monotonic())
+        finally:
+            for future in futures:
+                future.cancel()
+        if any(future.cancelled() for future in futures):
+            raise DeadlineExceeded("The service had no time to spare for an explanation.")
+        return [future.result() for future in futures]
+
+    async def in_decoder(self, work: Callable[[], Answer]) -> Answer:
+        """Run `work` on pixels in a decode thread."""
+        return await self._loop.run_in_executor(self._decoders, work)
 
     async def close(self) -> None:
         """Answer what was admitted, then end the threads."""

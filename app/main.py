@@ -12,11 +12,13 @@ from app.admission import Admission
 from app.classifier import Classifier
 from app.door import Door
 from app.engine import Engine
+from app.explain import Explainer
 from app.keys import ApiKeys
 from app.latency import LatencyTable, warm_up
 from app.metrics import Metrics
 from app.routes import (
     classify,
+    explain,
     health,
     hugging_face,
     inference_protocol,
@@ -46,7 +48,9 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         await asyncio.to_thread(warm_up, engine, settings.max_batch, latency)
         admission = Admission(settings, latency)
         classifier = Classifier(engine, settings, latency, admission, measures)
-        app.state.service = Service(settings, admission, classifier)
+        app.state.service = Service(
+            settings, admission, classifier, Explainer(classifier, settings, latency)
+        )
         yield
         app.state.service.draining = True
         await classifier.close()
@@ -61,7 +65,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     _show_states(measures, app)
     routers = [
         module.router
-        for module in (classify, health, model, metrics, hugging_face, inference_protocol)
+        for module in (classify, explain, health, model, metrics, hugging_face, inference_protocol)
     ]
     for router in routers:
         app.include_router(router)
