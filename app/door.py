@@ -14,6 +14,8 @@ from app.service import Service
 
 # Orchestrators, balancers and Prometheus come without a key; what they see tells of no image.
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
+# What a browser loads before it can send a key; it is the same for everybody.
+PAGES = frozenset({"/", "/docs", "/redoc", "/openapi.json"})
 
 
 class Door:
@@ -31,7 +33,7 @@ class Door:
         service: Service = scope["app"].state.service
 
         try:
-            if scope["path"] in OPEN_PATHS:
+            if scope["path"] in OPEN_PATHS or _is_page(scope):
                 await self._app(scope, receive, send)
                 return
             if self._keys is not None and not self._keys.allow(Headers(scope=scope)):
@@ -43,3 +45,9 @@ class Door:
                 await self._app(scope, receive, send)
         except Problem as problem:
             await answer_to(scope, problem)(scope, receive, send)
+
+
+def _is_page(scope: Scope) -> bool:
+    """Return whether a browser asks for a page, which asks for the key in turn."""
+    path: str = scope["path"]
+    return scope["method"] in ("GET", "HEAD") and (path in PAGES or path.startswith("/static/"))

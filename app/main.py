@@ -24,6 +24,7 @@ from app.routes import (
     inference_protocol,
     metrics,
     model,
+    pages,
     problems,
 )
 from app.service import Service
@@ -60,13 +61,16 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         summary="Classifies images with a trained MLP-Mixer.",
         version="0.1.0",
         lifespan=lifespan,
+        docs_url=None,  # pages.py serves both, without a foreign host
+        redoc_url=None,
     )
     app.state.metrics = measures
     _show_states(measures, app)
-    routers = [
-        module.router
-        for module in (classify, explain, health, model, metrics, hugging_face, inference_protocol)
-    ]
+    modules = (
+        *(classify, explain, hugging_face, inference_protocol),
+        *(health, metrics, model, pages),
+    )
+    routers = [module.router for module in modules]
     for router in routers:
         app.include_router(router)
     problems.answer_errors(app)

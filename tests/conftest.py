@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from app.main import create_app
 from app.settings import Settings
 from tests.fakes import FakeEngine
-from tests.live import LiveServer, live_server
+from tests.processes import Server, serving
 
 ROOT = Path(__file__).parent.parent
 Serve = Callable[..., TestClient]
@@ -44,7 +44,7 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Return a running server of the embedded model."""
-    with live_server(tmp_path_factory.mktemp("live")) as server:
+    with serving(tmp_path_factory.mktemp("live") / "log") as server:
         yield server

@@ -16,7 +16,7 @@ from app.predictions import softmax
 from tests.app.test_classify import problem
 from tests.conftest import Serve
 from tests.fakes import FakeEngine, encode, make_image
-from tests.live import LiveServer
+from tests.processes import Server
 
 GREEN = make_image((0, 250, 0))
 TEXT = base64.b64encode(GREEN).decode()
@@ -31,7 +31,7 @@ def photo(tmp_path: Path) -> Path:
     return file
 
 
-def classify(live: LiveServer, data: bytes, top_k: int = 10) -> dict[str, float]:
+def classify(live: Server, data: bytes, top_k: int = 10) -> dict[str, float]:
     """Return the score of each label as `/classify` gives it."""
     answer = httpx2.post(f"{live.url}/classify?top_k={top_k}", content=data)
     return {p["label"]: p["score"] for p in answer.json()["predictions"]}
@@ -74,7 +74,7 @@ class TestBase64:
 class TestHuggingFace:
     """`huggingface_hub.InferenceClient` on `POST /`."""
 
-    def test_photo_by_path(self, live: LiveServer, photo: Path) -> None:
+    def test_photo_by_path(self, live: Server, photo: Path) -> None:
         """A client that knows only the address gets the five best labels of a photo."""
         answer = InferenceClient(live.url).image_classification(photo)
         scores = classify(live, photo.read_bytes())
@@ -82,12 +82,12 @@ class TestHuggingFace:
         assert answer[0].score == max(scores.values())
         assert {one.label: one.score for one in answer}.items() <= scores.items()
 
-    def test_photo_as_bytes(self, live: LiveServer, photo: Path) -> None:
+    def test_photo_as_bytes(self, live: Server, photo: Path) -> None:
         """Bytes do as well as paths."""
         by_path = InferenceClient(live.url).image_classification(photo)
         assert InferenceClient(live.url).image_classification(photo.read_bytes()) == by_path
 
-    def test_top_k(self, live: LiveServer, photo: Path) -> None:
+    def test_top_k(self, live: Server, photo: Path) -> None:
         """`top_k` is honoured; more than the model's classes means all of them."""
         client = InferenceClient(live.url)
         assert len(client.image_classification(photo, top_k=2)) == 2
@@ -109,7 +109,7 @@ class TestHuggingFace:
         assert scores("softmax") == pytest.approx(softmax(logits)[[1, 0, 2]])
         assert scores(None) == scores("softmax")
 
-    def test_forms_of_the_live_client(self, live: LiveServer, photo: Path) -> None:
+    def test_forms_of_the_live_client(self, live: Server, photo: Path) -> None:
         """The client's own `function_to_apply` reaches the service."""
         client = InferenceClient(live.url)
         [best] = client.image_classification(photo, function_to_apply="none", top_k=1)
@@ -117,7 +117,7 @@ class TestHuggingFace:
         assert best.label == sure.label
         assert best.score != sure.score
 
-    def test_problem(self, live: LiveServer) -> None:
+    def test_problem(self, live: Server) -> None:
         """What is no image reaches the client as an error of its own with our words in it."""
         with pytest.raises(HfHubHTTPError, match="415"):
             InferenceClient(live.url).image_classification(b"hello")
@@ -135,14 +135,14 @@ class TestTritonClient:
     """`tritonclient.http` on `/v2`."""
 
     @pytest.fixture
-    def triton(self, live: LiveServer) -> Any:
+    def triton(self, live: Server) -> Any:
         """Return Triton's client, or skip."""
         http = pytest.importorskip("tritonclient.http", reason="tritonclient is not installed")
         client = http.InferenceServerClient(live.url.removeprefix("http://"))
         yield client
         client.close()
 
-    def test_health_and_metadata(self, live: LiveServer, triton: Any) -> None:
+    def test_health_and_metadata(self, live: Server, triton: Any) -> None:
         """Server and model are live, ready and described."""
         assert triton.is_server_live()
         assert triton.is_server_ready()
@@ -154,7 +154,7 @@ class TestTritonClient:
         assert triton.is_model_ready("mixer-cifar10", version)
         assert found["inputs"] == [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
 
-    def test_binary(self, live: LiveServer, triton: Any, photo: Path) -> None:
+    def test_binary(self, live: Server, triton: Any, photo: Path) -> None:
         """Encoded images in binary come back as labels, indices and scores in binary."""
         import tritonclient.http as http
 
@@ -190,7 +190,7 @@ class TestTritonClient:
         assert int(index) == probabilities.argmax()
         assert label
 
-    def test_json(self, triton: Any, live: LiveServer, photo: Path) -> None:
+    def test_json(self, triton: Any, live: Server, photo: Path) -> None:
         """Images as base64 in JSON do as well."""
         import tritonclient.http as http
 

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from tests.app.test_classify import problem
 from tests.conftest import Serve
 from tests.fakes import FakeEngine, encode, make_card, make_image
-from tests.live import LiveServer
+from tests.processes import Server
 
 # The fake model's patches are 4 × 4 pixels and its logits the mean color: on a green image with
 # one red corner, that corner alone speaks for red.
@@ -161,7 +161,7 @@ def test_deadline(serve: Serve) -> None:
     assert client.post("/classify", content=make_image()).status_code == 200
 
 
-def test_embedded_model(live: LiveServer) -> None:
+def test_embedded_model(live: Server) -> None:
     """The embedded model explains a picture in a grid of its 8 × 8 patches."""
     pixels = np.random.default_rng(7).integers(0, 255, (40, 60, 3), np.uint8)
     answer = httpx2.post(f"{live.url}/explain", content=encode(Image.fromarray(pixels)), timeout=30)

@@ -11,7 +11,8 @@ from starlette.testclient import TestClient
 
 from tests.conftest import Serve
 from tests.fakes import FakeEngine, make_image
-from tests.live import LiveServer, live_server
+from tests.live import log_lines
+from tests.processes import Server, serving
 
 PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
@@ -138,7 +139,7 @@ class TestRequestId:
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.json()["type"].endswith(":internal-server-error")
 
-    def test_below_the_application(self, live: LiveServer) -> None:
+    def test_below_the_application(self, live: Server) -> None:
         """What is not HTTP at all is answered with an ID, and counted."""
         import socket
 
@@ -148,7 +149,7 @@ class TestRequestId:
             answer = connection.makefile("rb").read().decode()
         assert answer.startswith("HTTP/1.1 400")
         [request_id] = re.findall(r"X-Request-ID: ([0-9a-f]{32})\r\n", answer)
-        assert live.lines(request_id)[0]["status"] == 400
+        assert log_lines(live, request_id)[0]["status"] == 400
         text = httpx2.get(f"{live.url}/metrics").text
         assert 'mixer_requests_total{outcome="bad-request",route="unparsed",status="400"}' in text
 
@@ -193,7 +194,7 @@ class TestTiming:
 class TestLog:
     """One line per request."""
 
-    def test_one_json_line(self, live: LiveServer) -> None:
+    def test_one_json_line(self, live: Server) -> None:
         """A request is one JSON line with its ID, route, status and times, and nothing private."""
         answer = httpx2.post(
             f"{live.url}/classify?top_k=1&api_key=hush",
@@ -201,7 +202,7 @@ class TestLog:
             headers={"X-Request-ID": "log-1", "traceparent": PARENT, "X-API-Key": "hush"},
         )
         assert answer.status_code == 200
-        [line] = live.lines("log-1")
+        [line] = log_lines(live, "log-1")
         assert line["route"] == "/classify"
         assert line["method"] == "POST"
         assert line["status"] == 200
@@ -211,23 +212,23 @@ class TestLog:
         assert "holiday" not in text
         assert "hush" not in text
 
-    def test_error_has_the_same_id(self, live: LiveServer) -> None:
+    def test_error_has_the_same_id(self, live: Server) -> None:
         """A problem's line carries its kind under the ID that the client saw."""
         answer = httpx2.post(f"{live.url}/classify", content=b"hello")
-        [line] = live.lines(answer.headers["x-request-id"])
+        [line] = log_lines(live, answer.headers["x-request-id"])
         assert line["status"] == 415
         assert line["outcome"] == "unsupported-format"
 
-    def test_unknown_path_is_not_logged(self, live: LiveServer) -> None:
+    def test_unknown_path_is_not_logged(self, live: Server) -> None:
         """A path that is none of ours might be a file's name, so it stays out of the log."""
         answer = httpx2.get(f"{live.url}/my-face.jpg")
-        [line] = live.lines(answer.headers["x-request-id"])
+        [line] = log_lines(live, answer.headers["x-request-id"])
         assert line["route"] == "unmatched"
         assert "my-face" not in live.log.read_text()
 
     def test_text(self, tmp_path: Path) -> None:
         """`--log-format text` writes the same line for people."""
-        with live_server(tmp_path, "--log-format", "text") as server:
+        with serving(tmp_path / "log", "--log-format", "text") as server:
             httpx2.get(f"{server.url}/livez", headers={"X-Request-ID": "text-1"})
             time.sleep(0.2)
             text = server.log.read_text()
