@@ -67,8 +67,8 @@ async def ready(request: Request) -> dict[str, bool]:
     return {"ready": True}
 
 
-@router.get("/models/{name}", responses=problems(404))
-@router.get("/models/{name}/versions/{version}", responses=problems(404))
+@router.get("/models/{name}", responses=problems(404, 422))
+@router.get("/models/{name}/versions/{version}", responses=problems(404, 422))
 async def model(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
     """Show the model's inputs and outputs."""
     card = _classifier(request, name, version).card
@@ -86,8 +86,8 @@ async def model(request: Request, name: str, version: str | None = None) -> dict
     }
 
 
-@router.get("/models/{name}/ready", responses=problems(404, 503))
-@router.get("/models/{name}/versions/{version}/ready", responses=problems(404, 503))
+@router.get("/models/{name}/ready", responses=problems(404, 422, 503))
+@router.get("/models/{name}/versions/{version}/ready", responses=problems(404, 422, 503))
 async def model_ready(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
     """Say whether the model answers."""
     card = _classifier(request, name, version).card

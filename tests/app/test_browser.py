@@ -79,7 +79,7 @@ def show(browser: Browser, url: str, width: int = 1200, scheme: str = "light") -
     )
     feature = {"name": "prefers-color-scheme", "value": scheme}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-    browser.get_log("browser")  # forget what other tests have caused
+    complaints(browser)  # forget what other tests have caused
     browser.get(url)
     wait(
         browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#model dt, #access:not([hidden])")
@@ -108,7 +108,7 @@ def cards(page: Browser, count: int) -> list[dict[str, Any]]:
         found.append(
             {
                 "name": card.find_element(By.CLASS_NAME, "name").text,
-                "predictions": [tuple(row.text.rsplit(" ", 2)[:2]) for row in rows],
+                "predictions": [tuple(row.text.removesuffix(" %").split("\n")) for row in rows],
                 "problem": card.find_element(By.CLASS_NAME, "problem").text,
                 "timing": card.find_element(By.CLASS_NAME, "legend").text,
             }
@@ -118,7 +118,8 @@ def cards(page: Browser, count: int) -> list[dict[str, Any]]:
 
 def complaints(page: Browser) -> list[str]:
     """Return what the browser's console holds against the page."""
-    found = [entry["message"] for entry in page.get_log("browser")]
+    log = page.get_log("browser")  # type: ignore[no-untyped-call] # selenium has no type for it
+    found = [entry["message"] for entry in log]
     return [text for text in found if "the server responded with" not in text]
 
 
