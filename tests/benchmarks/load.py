@@ -123,8 +123,8 @@ class Load:
             await asyncio.sleep(self._job.seconds)
         self._result.seconds = loop.time() - start
         give_up = loop.time() + PATIENCE_S
-        while (self._under_way or self._waiting) and loop.time() < give_up:
-            await asyncio.sleep(0.01)  # noqa: ASYNC110 - an event would cost every answer a check
+        while (self._under_way or self._waiting) and loop.time() < give_up:  # noqa: ASYNC110 - an event would cost every answer a check
+            await asyncio.sleep(0.01)
         self._result.unanswered += self._under_way + len(self._waiting)
         for connection in connections:
             connection.close()

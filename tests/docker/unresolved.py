@@ -1,7 +1,8 @@
 """Prints the libraries that onnxruntime's CUDA provider would not find; runs inside the image.
 
 The server preloads NVIDIA's libraries from their wheels, in onnxruntime's own order; the loader
-then finds them by name. So what is unresolved is what `ldd` misses and nothing preloaded is called.
+then finds them by name. So what is unresolved is what the loader misses and nothing preloaded is
+called.
 """
 
 import contextlib
@@ -27,7 +28,11 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):
         onnxruntime.preload_dlls()
     provider = Path(onnxruntime.__file__).parent / "capi/libonnxruntime_providers_cuda.so"
-    listed = subprocess.run(["ldd", provider], capture_output=True, text=True, check=True)  # noqa: S607 - the image's ldd
+    loader = next(Path("/").glob("lib*/ld-linux-*.so.*"))  # what `ldd` calls; that needs a shell
+    traced = {"LD_TRACE_LOADED_OBJECTS": "1"}
+    listed = subprocess.run(
+        [loader, provider], env=traced, capture_output=True, text=True, check=True
+    )
     missing = [line.split()[0] for line in listed.stdout.splitlines() if "not found" in line]
     sys.stdout.writelines(f"{name}\n" for name in missing if not loaded(name))
 
