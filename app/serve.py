@@ -14,6 +14,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from app.cuda import GpuOptions
 from app.engine import OnnxEngine
 from app.errors import StartupError
 from app.logs import configure
@@ -36,7 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Pillow warns of odd metadata in an upload; that is the client's matter, not the log's.
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
         listener = _bind(settings)
-        engine = OnnxEngine(settings.model, settings.device, settings.threads)
+        engine = OnnxEngine(
+            settings.model,
+            settings.device,
+            settings.threads,
+            max_batch=settings.max_batch,
+            gpu=GpuOptions(settings.gpu_memory_mib, settings.tensorrt_cache),
+        )
         app = create_app(settings, engine)
     except StartupError as error:
         sys.stderr.write(f"mixer-serve: {error}\n")

@@ -95,14 +95,13 @@ def test_gpu_that_is_missing_stops_the_start(device: str) -> None:
 
 
 def test_cuda_options() -> None:
-    """Graphs are on, TF32 is off unless asked for, the arena's limit is in bytes."""
+    """Graphs are on except beside TensorRT, TF32 is off, the arena's limit is in bytes."""
     plain = cuda_options(GpuOptions())
     assert plain["enable_cuda_graph"] == "1"
     assert plain["use_tf32"] == "0"
     assert "gpu_mem_limit" not in plain
-    chosen = cuda_options(GpuOptions(memory_mib=512, tf32=True))
+    chosen = cuda_options(GpuOptions(memory_mib=512))
     assert chosen["gpu_mem_limit"] == str(512 * 1024 * 1024)
-    assert chosen["use_tf32"] == "1"
     assert cuda_options(GpuOptions(tensorrt=True))["enable_cuda_graph"] == "0"
 
 
