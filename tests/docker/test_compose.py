@@ -71,7 +71,7 @@ def test_every_image_is_pinned_by_version() -> None:
 
 
 def test_nginx_has_the_services_limits() -> None:
-    """The limits in nginx.conf are the service's, and nginx's patience exceeds the longest request's."""
+    """The limits of nginx.conf are the service's; its patience exceeds the longest request's."""
     settings = Settings()
     assert int(_directive("client_max_body_size", "m")) * 2**20 == settings.max_upload_bytes
     assert int(_directive("client_header_timeout", "s")) == settings.header_timeout_s
@@ -81,7 +81,7 @@ def test_nginx_has_the_services_limits() -> None:
 
 
 def test_nginx_retries_what_another_replica_can_answer() -> None:
-    """By nginx.conf nginx sends a POST on after an error, a timeout or a 503, but never after a 429."""
+    """A POST is sent on after an error, a timeout or a 503, but never after a 429."""
     (conditions,) = re.findall(r"proxy_next_upstream ([^;]*);", NGINX)
     assert set(conditions.split()) == {"error", "timeout", "http_503", "non_idempotent"}
 
