@@ -35,7 +35,7 @@ clean: ## Remove the virtual environment and all caches
 	@touch $@
 
 .venv/serve: .venv/python pyproject.toml
-	$(PIP) install --editable '.[cpu]'
+	$(PIP) install --editable '.[cpu,client]'
 	@touch $@
 
 # torch comes from a local wheel where there is one; the constraint keeps its release the same.
