@@ -42,7 +42,7 @@ clean: ## Remove the virtual environment and all caches
 	@touch $@
 
 .venv/serve: .venv/python pyproject.toml
-	$(PIP) install --editable '.[cpu]'
+	$(PIP) install --editable '.[cpu,client]'
 	@touch $@
 
 # An environment of its own: the two onnxruntime packages would overwrite each other.
