@@ -14,6 +14,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from app import tune
 from app.cuda import GpuOptions
 from app.engine import OnnxEngine
 from app.errors import StartupError
@@ -30,9 +31,12 @@ KEEP_ALIVE_S = 75
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until told to stop; return the exit code."""
+    """Serve until told to stop, or `tune`; return the exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words and words[0] == "tune":
+        return tune.main(words[1:])
     try:
-        settings = read_settings(sys.argv[1:] if arguments is None else arguments)
+        settings = read_settings(words)
         configure(settings.log_level, settings.log_format)
         # Pillow warns of odd metadata in an upload; that is the client's matter, not the log's.
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")

@@ -206,7 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="mixer-serve",
         description="Serve a Mixer that mixer-export wrote. Every flag is also an environment "
-        "variable: --max-batch is MIXER_MAX_BATCH. A flag wins.",
+        "variable: --max-batch is MIXER_MAX_BATCH. A flag wins. `mixer-serve tune MODEL` "
+        "measures which settings suit a model on this machine.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
