@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from app.errors import CorruptImage, Problem, TooManyPixels, UnsupportedFormat
 from app.model_card import Preprocessing
@@ -162,7 +162,8 @@ def _check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
         )
     if image.format in ("JPEG", "MPO") and _scans(data) * pixels > MAX_SCAN_PIXELS:
         raise CorruptImage("The JPEG has too many scans for its size.")
-    if pixels > MAX_RLE_PIXELS and any(tile.codec_name == "bmp_rle" for tile in image.tile):
+    tiles = image.tile if isinstance(image, ImageFile.ImageFile) else ()
+    if pixels > MAX_RLE_PIXELS and any(tile.codec_name == "bmp_rle" for tile in tiles):
         raise CorruptImage("The BMP is too large to be run-length coded.")
 
 
