@@ -1,0 +1,187 @@
+"""The command `mixer-serve`: a real process, its start-up errors and its answers."""
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import pytest
+from PIL import Image
+
+from app.settings import EMBEDDED_MODEL, Settings
+from tests.fakes import encode, make_image
+from tests.processes import ROOT, run_serve, serving
+
+
+def refusal(*arguments: str, **settings: str) -> str:
+    """Return the one line with which start-up stops."""
+    result = run_serve(*arguments, **settings)
+    lines = [line for line in result.stderr.splitlines() if " WARNING " not in line]
+    assert result.returncode != 0
+    assert result.stdout == ""
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("mixer-serve: ")
+    return lines[0]
+
+
+def test_serves_the_embedded_model(tmp_path: Path) -> None:
+    """Without any flag the embedded CIFAR-10 Mixer is served, and stops on SIGINT with code 0."""
+    sky = Image.fromarray(np.full((64, 64, 3), (120, 170, 240), np.uint8))
+    with serving(tmp_path / "log") as server:
+        form = httpx2.post(f"{server.url}/classify", files={"file": encode(sky, "JPEG")})
+        raw = httpx2.post(
+            f"{server.url}/classify",
+            content=encode(sky, "JPEG"),
+            headers={"Content-Type": "image/jpeg"},
+        )
+        card = httpx2.get(f"{server.url}/model").json()
+        assert form.status_code == 200, form.text
+        assert form.json() == raw.json()
+        assert form.json()["predictions"][0]["label"] in ("airplane", "bird")
+        assert card["execution_provider"] == "CPUExecutionProvider"
+        assert card["labels"][3] == "cat"
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(10) == 0
+
+
+def test_batched_and_single_answers_agree(tmp_path: Path, shared: Path) -> None:
+    """An image's scores alone and inside a batch differ by less than 1e-5."""
+    import tarfile
+
+    with tarfile.open(shared / "data" / "photos.tar") as archive:
+        members = [m for m in archive if m.isfile()][:32]
+        photos = [archive.extractfile(m).read() for m in members]  # type: ignore[union-attr] # files
+    with serving(tmp_path / "log") as server, httpx2.Client(base_url=server.url) as client:
+        batch = client.post("/classify/batch?top_k=10", files=[("files", p) for p in photos])
+        for photo, together in zip(photos, batch.json()["results"], strict=True):
+            alone = client.post("/classify?top_k=10", content=photo).json()
+            assert {p["index"]: p["score"] for p in alone["predictions"]} == pytest.approx(
+                {p["index"]: p["score"] for p in together["predictions"]}, abs=1e-5
+            )
+
+
+def test_help_explains_every_setting_with_its_default() -> None:
+    """`--help` names every flag, its default and its variable's form."""
+    result = run_serve("--help")
+    assert result.returncode == 0
+    for name, field in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in result.stdout
+        if isinstance(field.default, int) and not isinstance(field.default, bool):
+            assert f"(default: {field.default})" in " ".join(result.stdout.split())
+    assert "MIXER_MAX_BATCH" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "allowed"),
+    [
+        ("PORT", "65536", "from 0 to 65535"),
+        ("PORT", "http", "from 0 to 65535"),
+        ("DEVICE", "gpu", "one of auto, cpu, cuda"),
+        ("MAX_BATCH", "0", "from 1 to 4096"),
+        ("THREADS", "1.5", "from 1 to 1024"),
+        ("QUEUE_SIZE", "-1", "from 1 to 1000000"),
+        ("MAX_UPLOAD_BYTES", "20MB", "from 1024"),
+        ("DRAIN_DELAY_S", "nan", "from 0 to 3600"),
+        ("HEADER_TIMEOUT_S", "0", "from 0.1 to 3600"),
+        ("LOG_LEVEL", "loud", "one of debug"),
+        ("MAX_BATCHES", "8", "no such setting"),
+    ],
+)
+def test_bad_setting(setting: str, value: str, allowed: str) -> None:
+    """A setting out of its range, or unknown, is one line with its name, value and range."""
+    line = refusal(**{f"MIXER_{setting}": value})
+    assert f"MIXER_{setting}={value}: " in line
+    assert allowed in line
+
+
+def test_bad_flag() -> None:
+    """A flag out of its range, or unknown, is one line, and a flag wins over its variable."""
+    assert "--max-batch 0: it must be a whole number from 1" in refusal("--max-batch", "0")
+    assert "--no-such-flag" in refusal("--no-such-flag")
+    assert "--max-batch 0" in refusal("--max-batch", "0", MIXER_MAX_BATCH="8")
+
+
+class TestModelFile:
+    """A model file that does not hold stops start-up."""
+
+    def test_missing(self, tmp_path: Path) -> None:
+        """A missing model file is named."""
+        assert "no such file" in refusal("--model", str(tmp_path / "none.onnx"))
+
+    @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+    def test_truncated(self, tmp_path: Path, share: float) -> None:
+        """A truncated model file is named, wherever it was cut."""
+        whole = EMBEDDED_MODEL.read_bytes()
+        path = tmp_path / "cut.onnx"
+        path.write_bytes(whole[: int(len(whole) * share)])
+        assert f"MIXER_MODEL={path}" in refusal("--model", str(path))
+
+    def test_foreign(self, tmp_path: Path) -> None:
+        """A file that is no ONNX model is named."""
+        path = tmp_path / "photo.onnx"
+        path.write_bytes(make_image())
+        assert "onnxruntime can load" in refusal("--model", str(path))
+
+    def test_without_card(self, tmp_path: Path) -> None:
+        """An ONNX model that the exporter did not write is refused for its missing card."""
+        onnx = pytest.importorskip("onnx", reason="onnx comes with the export extra")
+        model = onnx.load(EMBEDDED_MODEL)
+        del model.metadata_props[:]
+        onnx.save(model, tmp_path / "bare.onnx")
+        assert "no model card" in refusal("--model", str(tmp_path / "bare.onnx"))
+
+    def test_damaged_weights(self, tmp_path: Path) -> None:
+        """A model whose weights were damaged is caught by its golden sample."""
+        onnx = pytest.importorskip("onnx", reason="onnx comes with the export extra")
+        model = onnx.load(EMBEDDED_MODEL)
+        largest = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+        raw = bytearray(largest.raw_data)
+        raw[1003] ^= 0x40  # the exponent of one float32 in a hundred thousand
+        largest.raw_data = bytes(raw)
+        onnx.save(model, tmp_path / "damaged.onnx")
+        assert "golden sample" in refusal("--model", str(tmp_path / "damaged.onnx"))
+
+
+def test_cuda_that_cannot_be_had() -> None:
+    """`--device cuda` without CUDA stops start-up and says what is missing."""
+    line = refusal("--device", "cuda")
+    assert "MIXER_DEVICE=cuda: " in line
+    assert "built without CUDA" in line or "libcuda.so.1" in line
+
+
+def test_auto_says_why_it_is_the_cpu(tmp_path: Path) -> None:
+    """`--device auto` without CUDA serves on the CPU with a warning that names the reason."""
+    with serving(tmp_path / "log", "--device", "auto") as server:
+        assert "serving on the CPU, since" in server.log.read_text()
+        card = httpx2.get(f"{server.url}/model").json()
+        assert card["execution_provider"] == "CPUExecutionProvider"
+
+
+def test_port_taken() -> None:
+    """A port that is taken is one line that names host and port."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        line = refusal("--port", str(port))
+    assert f"MIXER_PORT={port}: cannot listen there" in line
+
+
+@pytest.mark.parametrize("content", ["", "# only a comment\n"])
+def test_useless_key_file(tmp_path: Path, content: str) -> None:
+    """A file without any API key is refused, rather than locking everyone out or in."""
+    path = tmp_path / "keys"
+    path.write_text(content)
+    assert "holds no key" in refusal("--api-keys-file", str(path))
+
+
+def test_import_brings_neither_torch_nor_onnx() -> None:
+    """Importing the application imports neither torch nor onnx."""
+    code = "import app.main, sys; print(*sorted(m.split('.')[0] for m in sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not {"torch", "onnx", "onnxruntime"} & set(result.stdout.split())

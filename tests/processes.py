@@ -1,0 +1,77 @@
+"""Real `mixer-serve` processes for tests that must see start-up, signals and sockets."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+
+ROOT = Path(__file__).parent.parent
+START_TIMEOUT_S = 30.0  # a loaded CI machine; on a quiet one it is below 2 s
+
+
+def clean_environment(**settings: str) -> dict[str, str]:
+    """Return this environment without `MIXER_…` variables, plus `settings`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MIXER_")}
+    return kept | settings
+
+
+def run_serve(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run `mixer-serve` where it is expected to end by itself."""
+    return subprocess.run(
+        [sys.executable, "-m", "app.serve", *arguments],
+        cwd=ROOT,
+        env=clean_environment(MIXER_PORT="0") | settings,
+        capture_output=True,
+        text=True,
+        timeout=START_TIMEOUT_S,
+        check=False,
+    )
+
+
+@dataclass
+class Server:
+    """A running service."""
+
+    process: subprocess.Popen[str]
+    url: str
+    log: Path
+
+
+@contextmanager
+def serving(log: Path, *arguments: str, module: str = "app.serve") -> Iterator[Server]:
+    """Start `mixer-serve` on a free port and wait until it is ready; kill it at the end."""
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, "--port", "0", *arguments],
+            cwd=ROOT,
+            env=clean_environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    try:
+        yield Server(process, _wait_until_ready(process, log), log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait_until_ready(process: "subprocess.Popen[str]", log: Path) -> str:
+    give_up = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < give_up and process.poll() is None:
+        found = re.search(r"http://[^\s\"]+:\d+", log.read_text())
+        if found is not None:
+            try:
+                if httpx2.get(f"{found[0]}/readyz").status_code == 200:
+                    return found[0]
+            except httpx2.TransportError:
+                pass  # bound, but not yet listening
+        time.sleep(0.02)
+    raise AssertionError(f"not ready (exit code {process.returncode}):\n{log.read_text()}")
