@@ -32,9 +32,13 @@ PROBE_PERIOD_S = 1.0
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One image on its way through the queue."""
+    """One image on its way through the queue.
 
-    future: asyncio.Future[NDArray[np.float32]]  # logits [classes]
+    An error is a result, too: one that nobody came to read would else be reported as a fault.
+    """
+
+    upload: bytes  # released with the request: what waits for a thread must not outlive its count
+    future: asyncio.Future[NDArray[np.float32] | Exception]  # logits [classes]
     picture: Picture = field(init=False)  # set by the decode thread
 
     def is_alive(self) -> bool:
@@ -44,7 +48,12 @@ class Entry:
     def fail(self, error: Exception) -> None:
         """Answer with `error`; on the event loop only."""
         if not self.future.done():
-            self.future.set_exception(error)
+            self.future.set_result(error)
+
+    def release(self) -> None:
+        """Stop waiting: whoever still has the entry in hand drops it."""
+        self.upload = b""
+        self.future.cancel()
 
 
 class Batcher:

@@ -62,9 +62,9 @@ class Classifier:
             TooManyImages, QueueFull, DeadlineExceeded: refused at the door, see Admission.queue.
         """
         with self._admission.queue(len(uploads), deadline):
-            entries = [Entry(self._loop.create_future()) for _ in uploads]
-            for entry, data in zip(entries, uploads, strict=True):
-                self._decoders.submit(self._decode, entry, data)
+            entries = [Entry(upload, self._loop.create_future()) for upload in uploads]
+            for entry in entries:
+                self._decoders.submit(self._decode, entry)
             try:
                 await asyncio.wait(
                     [entry.future for entry in entries], timeout=deadline - time.monotonic()
@@ -72,7 +72,7 @@ class Classifier:
             finally:
                 # Time is up, or the client has gone: what is left never reaches the engine.
                 for entry in entries:
-                    entry.future.cancel()
+                    entry.release()
         return [_result(entry) for entry in entries]
 
     async def close(self) -> None:
@@ -80,13 +80,14 @@ class Classifier:
         await asyncio.to_thread(self._decoders.shutdown)
         await asyncio.to_thread(self._batcher.close)
 
-    def _decode(self, entry: Entry, data: bytes) -> None:
+    def _decode(self, entry: Entry) -> None:
         """Decode and queue one upload; runs in a decode thread."""
+        upload = entry.upload
         if not entry.is_alive():
             return
         start = time.perf_counter()
         try:
-            entry.picture = decode(data, self.card.preprocessing, self._max_pixels)
+            entry.picture = decode(upload, self.card.preprocessing, self._max_pixels)
         except Exception as error:
             # Every error has a request that waits for it: a Problem becomes its answer, anything
             # else is a bug that the request answers with 500.
@@ -99,9 +100,9 @@ class Classifier:
 def _result(entry: Entry) -> Classified | Problem:
     if entry.future.cancelled():
         return DeadlineExceeded("The request's time ran out before its image was classified.")
-    error = entry.future.exception()
-    if error is None:
-        return Classified(entry.picture, entry.future.result())
-    if isinstance(error, Problem):
-        return error
-    raise error
+    result = entry.future.result()
+    if isinstance(result, Problem):
+        return result
+    if isinstance(result, Exception):
+        raise result
+    return Classified(entry.picture, result)

@@ -4,10 +4,12 @@ Pure ASGI, since Starlette's BaseHTTPMiddleware hides a client's disconnect; and
 so that under overload a refusal costs as little as it can.
 """
 
+import asyncio
+
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import Problem, Unauthorized, problem_response
+from app.errors import NotReady, Problem, Unauthorized, problem_response
 from app.keys import ApiKeys
 from app.service import Service
 
@@ -57,7 +59,13 @@ class Door:
                 return
             with service.admission.request():
                 await self._app(scope, receive, send_dressed)
-        except Problem as problem:
+        except (Problem, asyncio.CancelledError) as error:
+            if isinstance(error, Problem):
+                problem = error
+            elif service.draining:  # the grace time is over
+                problem = NotReady("This replica had to stop before the request was done.")
+            else:
+                raise
             answer = problem_response(
                 problem.status, problem.detail, problem.title, problem.headers
             )

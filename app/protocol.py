@@ -1,7 +1,8 @@
 """HTTP/1.1 on one connection: uvicorn's, with the deadlines and limits that it lacks.
 
 A client that trickles is cut off: the headers of a request must come within `header_timeout_s`, its
-body within `body_timeout_s` (the application answers 408; a body nobody reads is cut off here).
+body within `body_timeout_s` (the application answers 408; a body nobody reads is cut off here). A
+client that sends more than it may reads its answer before the connection goes.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.door import SECURITY_HEADERS
 from app.errors import problem_body
+from app.farewell import Farewell
 from app.settings import Settings
 
 # What a request may hold besides its body: nginx's and most balancers' own limit for headers.
@@ -20,6 +22,11 @@ MAX_HEADER_BYTES = 64 * 1024
 FRAMING_PER_BODY_BYTE = 16
 # After the body's deadline, time for the application's own 408 before the connection is cut.
 LAST_WORD_S = 1.0
+# Requests sent ahead of their answers. Clients that pipeline at all send a handful; each one that
+# waits holds a few kB, and one read from the socket could bring thousands.
+MAX_PIPELINED = 32
+# When the listener has closed, time for the first request of a connection opened just before.
+LAST_CALL_S = 0.5
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -30,24 +37,34 @@ class BoundedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._deadline: asyncio.TimerHandle | None = None
+        self._write_deadline: asyncio.TimerHandle | None = None
+        self._begun = False  # a message has begun to arrive and is not complete
         self._in_headers = True  # or between requests
+        self._body_bytes = 0  # of this message
         self._allowance = MAX_HEADER_BYTES  # bytes that may still come for this message
+        self._farewell: Farewell
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         """Start the clock: a client that connects has a request to send."""
-        super().connection_made(transport)
+        self._farewell = Farewell(transport, self.loop, lambda: self._begun)
+        super().connection_made(self._farewell)
         if len(self.connections) > self.settings.max_connections:
             self._refuse(503, "Too many connections", "This replica has no connection to spare.")
             return
         self._start_clock(self.settings.header_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """Stop the clocks."""
         self._stop_clock()
+        self.resume_writing()
+        self._farewell.end()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, unless the message holds more besides its body than it may."""
+        if self.transport.is_closing():
+            self._farewell.discard(data)
+            return
         if self._deadline is None and self._in_headers:
             self._start_clock(self.settings.header_timeout_s)  # the next request on this connection
         self._allowance -= len(data)
@@ -61,30 +78,76 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Grant the new message its headers."""
         super().on_message_begin()
-        self._in_headers = True
+        self._begun = self._in_headers = True
+        self._body_bytes = 0
         self._allowance = max(self._allowance, MAX_HEADER_BYTES)
 
     def on_headers_complete(self) -> None:
-        """Give the body its own time."""
+        """Give the body its own time.
+
+        Raises:
+            OverflowError: too many requests ahead of their answers; it stops the parser.
+        """
         self._in_headers = False
         self._start_clock(self.settings.body_timeout_s + LAST_WORD_S)
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise OverflowError("too many requests are pipelined")
         super().on_headers_complete()
+        if self.expect_100_continue or self.parser.should_upgrade():
+            # After an early answer nobody could tell whether the body still comes (RFC 9110,
+            # 10.1.1), nor after an upgrade that we pass over, which protocol.
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
-        """Grant the body its framing; its own size is the application's to bound."""
+        """Grant the body its framing; its own size is the application's to bound.
+
+        What an early answer has left unread is thrown away here, up to the size of an upload.
+        """
         self._allowance += len(body) * FRAMING_PER_BODY_BYTE
+        self._body_bytes += len(body)
+        if self.cycle.response_complete and self._body_bytes > self.settings.max_upload_bytes:
+            self.transport.close()
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Stop the clock until the next request begins."""
         self._stop_clock()
+        self._begun = False
         self._in_headers = True
         self._allowance = MAX_HEADER_BYTES
         super().on_message_complete()
 
+    def pause_writing(self) -> None:
+        """Start the clock on a client that does not read its answers."""
+        super().pause_writing()
+        self._write_deadline = self.loop.call_later(
+            self.settings.body_timeout_s, self.transport.abort
+        )
+
+    def resume_writing(self) -> None:
+        """Stop that clock."""
+        if self._write_deadline is not None:
+            self._write_deadline.cancel()
+            self._write_deadline = None
+        super().resume_writing()
+
+    def shutdown(self) -> None:
+        """Close after the request at hand, or the one that may already be on its way."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            super().shutdown()
+        else:
+            self.loop.call_later(LAST_CALL_S, self._close_if_idle)
+
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP at all."""
         self._refuse(400, "Bad request", msg)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Pass over the offer (RFC 9110, 7.8); Java's client makes it with every first request."""
+
+    def _close_if_idle(self) -> None:
+        if not self._begun and (self.cycle is None or self.cycle.response_complete):
+            self.transport.close()
 
     def _start_clock(self, seconds: float) -> None:
         self._stop_clock()

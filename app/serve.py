@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 # Longer than a balancer keeps an idle connection (nginx: 60 s), or it would send a request into a
 # connection that is just being closed.
 KEEP_ALIVE_S = 75
+# Besides connections: the listener, the event loop's own, the model, the log, closing connections.
+SPARE_DESCRIPTORS = 128
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Pillow warns of odd metadata in an upload; that is the client's matter, not the log's.
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
         listener = _bind(settings)
+        _allow_descriptors(settings)
         engine = OnnxEngine(settings.model, settings.device, settings.threads)
         app = create_app(settings, engine)
     except StartupError as error:
@@ -113,6 +116,27 @@ def _bind(settings: Settings) -> socket.socket:
             f"cannot listen there ({error.strerror})"
         ) from error
     return listener
+
+
+def _allow_descriptors(settings: Settings) -> None:
+    """Raise the process's own limit of open descriptors to what the connections may need."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    wanted = settings.max_connections + SPARE_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        logger.warning(
+            "MIXER_MAX_CONNECTIONS=%d: at most %d can be open here, since the container or shell "
+            "allows %d descriptors (ulimit -n)",
+            settings.max_connections,
+            max(0, hard - SPARE_DESCRIPTORS),
+            hard,
+        )
+        wanted = hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 if __name__ == "__main__":

@@ -60,11 +60,11 @@ class Settings(BaseModel):
         "also the most images in one request",
     )
     queue_budget_ms: int = Field(
-        default=2000,
+        default=1000,
         ge=1,
         le=3_600_000,
         description="longest predicted wait; what would wait longer is refused with 429, since a "
-        "client that waits two seconds is better off at another replica",
+        "client that waits a second is better off at another replica",
     )
     request_timeout_ms: int = Field(
         default=10_000,
@@ -101,7 +101,7 @@ class Settings(BaseModel):
         default=50_000_000,
         ge=1,
         le=2**31,
-        description="pixels of one image, by its header: up to 9 bytes each while it is decoded",
+        description="pixels of one image, by its header: up to 20 bytes each while it is decoded",
     )
     header_timeout_s: float = Field(
         default=10, gt=0, ge=0.1, le=3600, description="time for a request's headers, then 408"
