@@ -88,9 +88,12 @@ class Classifier:
         start = time.perf_counter()
         try:
             entry.picture = decode(upload, self.card.preprocessing, self._max_pixels)
+        except Problem as problem:
+            # Its traceback would hold the upload, in a cycle, until the garbage collector comes.
+            problem.__traceback__ = problem.__cause__ = problem.__context__ = None
+            self._loop.call_soon_threadsafe(entry.fail, problem)
         except Exception as error:
-            # Every error has a request that waits for it: a Problem becomes its answer, anything
-            # else is a bug that the request answers with 500.
+            # Every error has a request that waits for it: this one is a bug, and a 500.
             self._loop.call_soon_threadsafe(entry.fail, error)
         else:
             self._batcher.put(entry)

@@ -7,6 +7,7 @@ so that under overload a refusal costs as little as it can.
 import asyncio
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import NotReady, Problem, Unauthorized, problem_response
@@ -60,13 +61,16 @@ class Door:
             with service.admission.request():
                 await self._app(scope, receive, send_dressed)
         except (Problem, asyncio.CancelledError) as error:
-            if isinstance(error, Problem):
-                problem = error
-            elif service.draining:  # the grace time is over
-                problem = NotReady("This replica had to stop before the request was done.")
-            else:
+            answer = _answer(error, service)
+            if answer is None:
                 raise
-            answer = problem_response(
-                problem.status, problem.detail, problem.title, problem.headers
-            )
             await answer(scope, receive, send_dressed)
+
+
+def _answer(error: BaseException, service: Service) -> Response | None:
+    if isinstance(error, Problem):
+        return problem_response(error.status, error.detail, error.title, error.headers)
+    if service.draining:  # cancelled, since the grace time is over
+        stopped = NotReady("This replica had to stop before the request was done.")
+        return problem_response(stopped.status, stopped.detail, stopped.title)
+    return None
