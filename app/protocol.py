@@ -9,6 +9,7 @@ import asyncio
 import json
 from typing import Any, ClassVar
 
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.door import SECURITY_HEADERS
@@ -69,7 +70,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._start_clock(self.settings.header_timeout_s)  # the next request on this connection
         self._allowance -= len(data)
         super().data_received(data)
-        if self._allowance < 0 and not self.transport.is_closing():
+        allowed = self._allowance + self._body_bytes * FRAMING_PER_BODY_BYTE
+        if allowed < 0 and not self.transport.is_closing():
             if self._in_headers:
                 self._refuse(431, "Headers too large", f"At most {MAX_HEADER_BYTES} bytes.")
             else:
@@ -99,22 +101,27 @@ class BoundedProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
-        """Grant the body its framing; its own size is the application's to bound.
+        """Pass the body on; its size is the application's to bound.
 
         What an early answer has left unread is thrown away here, up to the size of an upload.
         """
-        self._allowance += len(body) * FRAMING_PER_BODY_BYTE
+        # A body of one-byte chunks comes here a million times: uvicorn's own few lines, not a call.
         self._body_bytes += len(body)
-        if self.cycle.response_complete and self._body_bytes > self.settings.max_upload_bytes:
+        cycle = self.cycle
+        if not cycle.response_complete:
+            cycle.body += body
+            if len(cycle.body) > HIGH_WATER_LIMIT:
+                self.flow.pause_reading()
+            cycle.message_event.set()
+        elif self._body_bytes > self.settings.max_upload_bytes:
             self.transport.close()
-        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Stop the clock until the next request begins."""
         self._stop_clock()
         self._begun = False
         self._in_headers = True
-        self._allowance = MAX_HEADER_BYTES
+        self._allowance, self._body_bytes = MAX_HEADER_BYTES, 0
         super().on_message_complete()
 
     def pause_writing(self) -> None:

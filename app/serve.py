@@ -1,10 +1,14 @@
 """The command `mixer-serve`: settings, model, socket, server, in this order."""
 
+import asyncio
+import ctypes
 import logging
 import math
 import os
+import select
 import signal
 import socket
+import struct
 import sys
 import time
 import warnings
@@ -25,6 +29,10 @@ logger = logging.getLogger(__name__)
 # Longer than a balancer keeps an idle connection (nginx: 60 s), or it would send a request into a
 # connection that is just being closed.
 KEEP_ALIVE_S = 75
+# Those who have connected before the listener closes are accepted within a few milliseconds; this
+# only bounds it.
+LAST_ACCEPT_S = 2.0
+SO_ATTACH_FILTER = 26  # asm-generic/socket.h; Python does not name it
 # Besides connections: the listener, the event loop's own, the model, the log, closing connections.
 SPARE_DESCRIPTORS = 128
 
@@ -99,6 +107,29 @@ class DrainingServer(uvicorn.Server):
         """Stop when the drain delay is over; uvicorn asks ten times a second."""
         self.should_exit = self.should_exit or time.monotonic() >= self._stop_at
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take in whoever has connected already, then close."""
+        listeners = sockets or []
+        for listener in listeners:
+            _drop_newcomers(listener)
+        give_up = time.monotonic() + LAST_ACCEPT_S
+        while select.select(listeners, [], [], 0)[0] and time.monotonic() < give_up:
+            await asyncio.sleep(0.01)  # the event loop accepts them
+        await super().shutdown(sockets)
+
+
+def _drop_newcomers(listener: socket.socket) -> None:
+    """Have the kernel ignore new connections, which closing the listener alone would reset.
+
+    Closing resets whatever waits to be accepted: clients that are connected, for all they know, and
+    have sent a request. One whose first packet is ignored tries again and finds the port closed.
+    """
+    if sys.platform == "linux":
+        # A socket filter (Linux, socket(7)) of one instruction, BPF_RET | BPF_K 0: drop it.
+        drop = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+        program = struct.pack("HP", 1, ctypes.addressof(drop))
+        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
 
 
 def _bind(settings: Settings) -> socket.socket:

@@ -256,6 +256,18 @@ def dial(url: str, receive_buffer: int = 0) -> socket.socket:
     return plain
 
 
+def read_answer(plain: socket.socket) -> bytes:
+    """Return one whole answer from a plain socket, or what came before it was closed."""
+    answer = b""
+    while chunk := plain.recv(65536):
+        answer += chunk
+        head, _, body = answer.partition(b"\r\n\r\n")
+        length = LENGTH.search(head)
+        if length and len(body) >= int(length[1]):
+            break
+    return answer
+
+
 def percentile(answers: Sequence[Answer], share: float) -> float:
     """Return the latency in seconds that `share` of the answers stay below."""
     latencies = sorted(answer.latency_s for answer in answers)
