@@ -7,6 +7,7 @@ client that sends more than it may reads its answer before the connection goes.
 
 import asyncio
 import json
+import re
 from typing import Any, ClassVar
 
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
@@ -28,6 +29,7 @@ LAST_WORD_S = 1.0
 MAX_PIPELINED = 32
 # When the listener has closed, time for the first request of a connection opened just before.
 LAST_CALL_S = 0.5
+_UPGRADE = re.compile(rb"(?i)\r\nUpgrade[ \t]*:")
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -41,6 +43,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._write_deadline: asyncio.TimerHandle | None = None
         self._begun = False  # a message has begun to arrive and is not complete
         self._in_headers = True  # or between requests
+        self._deaf = False  # what comes is no longer listened to
         self._body_bytes = 0  # of this message
         self._allowance = MAX_HEADER_BYTES  # bytes that may still come for this message
         self._farewell: Farewell
@@ -66,14 +69,16 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             self._farewell.discard(data)
             return
+        if self._deaf:
+            return
         if self._deadline is None and self._in_headers:
             self._start_clock(self.settings.header_timeout_s)  # the next request on this connection
         self._allowance -= len(data)
-        super().data_received(data)
+        super().data_received(self._without_upgrade(data) if self._in_headers else data)
         allowed = self._allowance + self._body_bytes * FRAMING_PER_BODY_BYTE
         if allowed < 0 and not self.transport.is_closing():
             if self._in_headers:
-                self._refuse(431, "Headers too large", f"At most {MAX_HEADER_BYTES} bytes.")
+                self._refuse_headers()
             else:
                 self.transport.close()
 
@@ -88,12 +93,17 @@ class BoundedProtocol(HttpToolsProtocol):
         """Give the body its own time.
 
         Raises:
-            OverflowError: too many requests ahead of their answers; it stops the parser.
+            OverflowError: too many requests ahead of their answers, or headers too large; it stops
+                the parser.
         """
-        self._in_headers = False
-        self._start_clock(self.settings.body_timeout_s + LAST_WORD_S)
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > MAX_HEADER_BYTES:  # all of it in one read
+            self._refuse_headers()
+            raise OverflowError("headers too large")
         if len(self.pipeline) >= MAX_PIPELINED:
             raise OverflowError("too many requests are pipelined")
+        self._in_headers = False
+        self._start_clock(self.settings.body_timeout_s + LAST_WORD_S)
         super().on_headers_complete()
         if self.expect_100_continue or self.parser.should_upgrade():
             # After an early answer nobody could tell whether the body still comes (RFC 9110,
@@ -150,7 +160,22 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refuse(400, "Bad request", msg)
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Pass over the offer (RFC 9110, 7.8); Java's client makes it with every first request."""
+        """Pass over an offer that came in pieces; the connection closes after the answer."""
+
+    def _without_upgrade(self, data: bytes) -> bytes:
+        """Hide the offer of another protocol: the parser would take the body for that protocol's.
+
+        Java's HTTP client offers HTTP/2 with its first request, and a server may go on without
+        (RFC 9110, section 7.8). Only what comes together with its headers is looked at.
+        """
+        end = data.find(b"\r\n\r\n")
+        found = _UPGRADE.search(data, 0, end + 2 if end >= 0 else len(data))
+        if found is None:
+            return data
+        return data[: found.start()] + b"\r\nX-Offer:" + data[found.end() :]
+
+    def _refuse_headers(self) -> None:
+        self._refuse(431, "Headers too large", f"At most {MAX_HEADER_BYTES} bytes.")
 
     def _close_if_idle(self) -> None:
         if not self._begun and (self.cycle is None or self.cycle.response_complete):
@@ -180,9 +205,14 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self.cycle is not None and not self.cycle.response_complete:
-            # An answer is under way: a second one inside it would be read as a part of it.
+            # An answer is under way: a second one inside it would be read as a part of it. What
+            # came in order is answered, unless it is its own body that has gone wrong.
             self.cycle.keep_alive = False
-            self.transport.close()
+            if self._in_headers:
+                self._deaf = True
+                self._stop_clock()
+            else:
+                self.transport.close()
             return
         body = json.dumps(problem_body(status, title, detail)).encode()
         fields = {

@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.basicConfig(
             level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
         )
+        # It tells of every malformed form, and at debug of what is in it.
+        logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
         # Pillow warns of odd metadata in an upload; that is the client's matter, not the log's.
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
         listener = _bind(settings)
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         engine = OnnxEngine(settings.model, settings.device, settings.threads)
         app = create_app(settings, engine)
     except StartupError as error:
-        sys.stderr.write(f"mixer-serve: {error}\n")
+        sys.stderr.write(f"mixer-serve: {' '.join(str(error).splitlines())}\n")
         return 1
     host, port = listener.getsockname()[:2]
     logger.info(
@@ -114,7 +116,7 @@ class DrainingServer(uvicorn.Server):
         for listener in listeners:
             _drop_newcomers(listener)
         give_up = time.monotonic() + LAST_ACCEPT_S
-        while select.select(listeners, [], [], 0)[0] and time.monotonic() < give_up:
+        while select.select(listeners, [], [], 0)[0] and time.monotonic() < give_up:  # noqa: ASYNC110 - no event says that nobody waits
             await asyncio.sleep(0.01)  # the event loop accepts them
         await super().shutdown(sockets)
 

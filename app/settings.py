@@ -17,6 +17,7 @@ from app.cpus import available_cpus
 from app.errors import StartupError
 
 PREFIX = "MIXER_"
+_ORIGIN = r"(\*|https?://[^\s/,]+)"
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "mixer-cifar10.onnx"
 
 
@@ -130,6 +131,8 @@ class Settings(BaseModel):
     )
     cors_origins: str = Field(
         default="",
+        pattern=rf"^$|^{_ORIGIN}(\s*,\s*{_ORIGIN})*$",
+        json_schema_extra={"allowed": "origins such as https://shop.example, comma-separated"},
         description="origins whose pages may call the service, comma-separated; none by default",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -156,11 +159,18 @@ def read_settings(
     for name, value in vars(_parser().parse_args(arguments)).items():
         values[name], shown[name] = value, f"{_flag(name)} {value}"
     try:
-        return Settings.model_validate(values)
+        settings = Settings.model_validate(values)
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
         allowed = _allowed(Settings.model_fields[name])
         raise StartupError(f"{shown[name]}: it must be {allowed}") from error
+    if settings.max_upload_bytes > settings.max_bytes_in_flight:
+        raise StartupError(
+            f"{PREFIX}MAX_UPLOAD_BYTES={settings.max_upload_bytes}: it must be at most "
+            f"{PREFIX}MAX_BYTES_IN_FLIGHT={settings.max_bytes_in_flight}, or such an upload could "
+            "never be taken"
+        )
+    return settings
 
 
 class _Parser(argparse.ArgumentParser):
@@ -174,6 +184,8 @@ def _flag(name: str) -> str:
 
 def _allowed(field: FieldInfo) -> str:
     """Say in words which values a setting takes."""
+    if isinstance(field.json_schema_extra, dict):
+        return str(field.json_schema_extra["allowed"])
     choices = get_args(field.annotation)
     if choices and all(isinstance(choice, str) for choice in choices):
         return "one of " + ", ".join(choices)

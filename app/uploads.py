@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
@@ -174,7 +174,7 @@ class _Form:
                     "on_end": self._end,
                 },
             )
-        except MultipartParseError as error:
+        except FormParserError as error:
             raise MalformedForm("The multipart boundary is not valid.") from error
 
     def feed(self, chunk: bytes) -> None:
@@ -186,7 +186,7 @@ class _Form:
         self._started = self._started or bool(chunk)
         try:
             self._parser.write(chunk)
-        except MultipartParseError as error:
+        except FormParserError as error:
             raise MalformedForm("The multipart form cannot be read.") from error
 
     def fields(self) -> dict[bytes, list[bytes]]:

@@ -48,8 +48,9 @@ class Answer:
 
 def post(body: bytes, path: str = "/classify", **headers: str) -> bytes:
     """Return the bytes of a POST request."""
-    fields = {"Host": "test", "Content-Type": "application/octet-stream", **headers}
-    lines = [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
+    fields = {"Host": "test", "Content-Type": "application/octet-stream"}
+    fields |= {name.replace("_", "-"): value for name, value in headers.items()}
+    lines = [f"{name}: {value}" for name, value in fields.items()]
     head = "\r\n".join([f"POST {path} HTTP/1.1", *lines, f"Content-Length: {len(body)}", "", ""])
     return head.encode() + body
 

@@ -76,6 +76,7 @@ def test_500_trickling_clients(fake: Start, figure: Figure) -> None:
         header_cuts = [c for c, _ in cut[: CLIENTS // 2]]
         body_cuts = [c for c, _ in cut[CLIENTS // 2 :]]
         said = [answer[9:12] for _, answer in cut]
+        await asyncio.sleep(1)
         left = server.descriptors() - descriptors
         notes.append(
             f"others' p99 {min(ratios) * 1000:.1f} ms to {min(calm) * 1000:.1f} ms ({ratio:.2f}×); "
