@@ -8,6 +8,14 @@ import pytest
 NO_GPU = 77
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave them out unless they are asked for by their marker."""
+    if "gpu" not in config.getoption("markexpr"):
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="for a GPU: make gpu-check"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def gpu() -> None:
     """Stop the whole run where the driver has no device."""
