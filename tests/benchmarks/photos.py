@@ -35,7 +35,7 @@ def _generate(rng: np.random.Generator) -> bytes:
     for octave, cells in enumerate((2, 5, 12, 32, 90)):
         grid = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
         pixels += (np.asarray(grid.resize(SIZE, Image.Resampling.BICUBIC)) - 127.5) / 1.7**octave
-    pixels += rng.normal(0, 12, pixels.shape)
+    pixels += rng.normal(0, 18, pixels.shape)
     buffer = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue()
