@@ -85,6 +85,7 @@ class DrainingServer(uvicorn.Server):
                 lifespan="on",
                 log_config=None,
                 log_level=settings.log_level,
+                access_log=False,  # access.py writes a line of ours
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
