@@ -48,16 +48,22 @@ class LatencyTable:
 
     def service_s(self, images: int) -> float:
         """Return the seconds that `images` take on an idle service."""
-        return self._decode_s * (1 + images / self._decode_threads) + self._inference_s(images)
+        return self._decode_s * (1 + images / self._decode_threads) + self.inference_s(images)
 
     def wait_s(self, pending: int) -> float:
         """Return the seconds until `pending` images, all admitted before, are answered.
 
         Decoding and inference go on side by side, so the slower of the two sets the pace.
         """
-        return max(self._decode_s * pending / self._decode_threads, self._inference_s(pending))
+        return max(self._decode_s * pending / self._decode_threads, self.inference_s(pending))
 
-    def _inference_s(self, images: int) -> float:
+    def images_within(self, seconds: float) -> int:
+        """Return how many images one inference of at most `seconds` holds; at least one."""
+        sizes = range(self._max_batch, 1, -1)
+        return next((size for size in sizes if self._seconds[size] <= seconds), 1)
+
+    def inference_s(self, images: int) -> float:
+        """Return the seconds that `images` take in the engine alone, in full batches."""
         full, rest = divmod(images, self._max_batch)
         return full * self._seconds[self._max_batch] + self._seconds[rest]
 

@@ -13,10 +13,12 @@ from typing import Any, ClassVar
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from app.door import SECURITY_HEADERS
-from app.errors import problem_body
+from app.access import REQUEST_ID_HEADER, SECURITY_HEADERS, report
+from app.errors import kind_of, problem_body
 from app.farewell import Farewell
+from app.metrics import Metrics
 from app.settings import Settings
+from app.trace import new_trace
 
 # What a request may hold besides its body: nginx's and most balancers' own limit for headers.
 MAX_HEADER_BYTES = 64 * 1024
@@ -36,6 +38,7 @@ class BoundedProtocol(HttpToolsProtocol):
     """One connection; `bounded(settings)` makes the class that uvicorn instantiates."""
 
     settings: ClassVar[Settings]
+    metrics: ClassVar[Metrics]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -214,18 +217,24 @@ class BoundedProtocol(HttpToolsProtocol):
             else:
                 self.transport.close()
             return
+        trace = new_trace()
+        trace.problem = kind_of(title)
         body = json.dumps(problem_body(status, title, detail)).encode()
         fields = {
             "Content-Type": "application/problem+json",
             "Content-Length": str(len(body)),
             "Connection": "close",
             **SECURITY_HEADERS,
+            REQUEST_ID_HEADER: trace.request_id,
+            "Server-Timing": trace.server_timing(trace.started),
         }
+        report(self.metrics, trace, "-", "unparsed", status)
         lines = [f"HTTP/1.1 {status} {title}", *(f"{k}: {v}" for k, v in fields.items()), "", ""]
         self.transport.write("\r\n".join(lines).encode("ascii") + body)
         self.transport.close()
 
 
-def bounded(settings: Settings) -> type[BoundedProtocol]:
+def bounded(settings: Settings, metrics: Metrics) -> type[BoundedProtocol]:
     """Return the protocol class for these settings; uvicorn instantiates it by itself."""
-    return type("ServedProtocol", (BoundedProtocol,), {"settings": settings})
+    members = {"settings": settings, "metrics": metrics}
+    return type("ServedProtocol", (BoundedProtocol,), members)

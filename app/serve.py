@@ -20,6 +20,7 @@ from fastapi import FastAPI
 
 from app.engine import OnnxEngine
 from app.errors import StartupError
+from app.logs import configure
 from app.main import create_app
 from app.protocol import bounded
 from app.settings import Settings, read_settings
@@ -41,9 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until told to stop; return the exit code."""
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments)
-        logging.basicConfig(
-            level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
-        )
+        configure(settings.log_level, settings.log_format)
         # It tells of every malformed form, and at debug of what is in it.
         logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
         # Pillow warns of odd metadata in an upload; that is the client's matter, not the log's.
@@ -80,7 +79,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=bounded(settings),
+                http=bounded(settings, app.state.metrics),
                 ws="none",
                 lifespan="on",
                 log_config=None,

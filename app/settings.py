@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from app.cpus import available_cpus
 from app.errors import StartupError
+from app.logs import LogFormat
 
 PREFIX = "MIXER_"
 _ORIGIN = r"(\*|https?://[^\s/,]+)"
@@ -136,7 +137,10 @@ class Settings(BaseModel):
         description="origins whose pages may call the service, comma-separated; none by default",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="least severity that is logged"
+        default="info", description="least severity that is logged; requests are info"
+    )
+    log_format: LogFormat = Field(
+        default="auto", description="auto is text on a terminal, else one JSON object a line"
     )
 
 

@@ -26,6 +26,7 @@ from app.errors import (
 from app.settings import Settings
 
 FORM = "multipart/form-data"
+JSON = "application/json"
 RAW = "application/octet-stream"
 # Besides images a form may hold some other fields. Each part costs some 30 µs of the event loop: a
 # form of nothing but parts would hold it for seconds.
@@ -56,7 +57,7 @@ async def read_image(request: Request, settings: Settings, budget: BodyBudget) -
         EmptyBody, BodyTooLarge, BodyTimeout, MalformedForm, UnsupportedFormat, QueueFull: as their
             names say.
     """
-    media_type = _media_type(request)
+    media_type = media_type_of(request)
     if media_type == FORM:
         images = await _read_form(request, "file", settings, budget)
         if len(images) > 1:
@@ -66,8 +67,18 @@ async def read_image(request: Request, settings: Settings, budget: BodyBudget) -
         return images[0]
     if media_type and media_type != RAW and not media_type.startswith("image/"):
         raise UnsupportedFormat(
-            f"Send the image as {FORM} with field 'file', or raw as image/* or {RAW}."
+            f"Send the image as {FORM} with field 'file', raw as image/* or {RAW}, "
+            f"or as {JSON} in base64."
         )
+    return await read_body(request, settings, budget)
+
+
+async def read_body(request: Request, settings: Settings, budget: BodyBudget) -> bytes:
+    """Return the whole body.
+
+    Raises:
+        EmptyBody, BodyTooLarge, BodyTimeout, QueueFull: as their names say.
+    """
     body = bytearray()
     await _receive(request, settings, budget, body.extend)
     if not body:
@@ -82,7 +93,7 @@ async def read_images(request: Request, settings: Settings, budget: BodyBudget) 
         EmptyBody, BodyTooLarge, BodyTimeout, MalformedForm, UnsupportedFormat, QueueFull: as their
             names say.
     """
-    if _media_type(request) != FORM:
+    if media_type_of(request) != FORM:
         raise UnsupportedFormat(f"Send the images as {FORM} with repeated field 'files'.")
     return await _read_form(request, "files", settings, budget)
 
@@ -114,7 +125,8 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Answer]) -> An
         watcher.cancel()
 
 
-def _media_type(request: Request) -> str:
+def media_type_of(request: Request) -> str:
+    """Return the body's media type without its parameters, in lower case."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.model_card import Preprocessing
-from model_export import google, tensors
+from model_export import google, hub, tensors, timm
+from model_export.errors import ExportError
 from model_export.mixer import Mixer
 
 _CHUNK_BYTES = 1 << 20  # what hashing holds in memory at a time
@@ -20,43 +21,95 @@ class Checkpoint:
     family: str  # mixer, gmixer, resmlp or gmlp
     source: str  # file name or hub address, never a path of this machine
     checksum: str  # SHA-256 of the weights' file
+    labels: tuple[str, ...] | None = None
     left_aside: int = 0  # tensors of training state in the file, no part of the model
 
 
-def load(source: str) -> Checkpoint:
-    """Load the checkpoint at `source`, the path of a Google .npz file.
+def load(source: str, *, sha256: str | None = None, allow_zero_head: bool = False) -> Checkpoint:
+    """Load a Google .npz, a timm folder or weights file, or an hf-hub: address.
 
     Raises:
-        ExportError: it is missing, damaged, hostile, or no Mixer; the message names the tensor.
+        ExportError: it is missing, damaged, hostile, no Mixer (the message names the tensor), not
+            the file that `sha256` pins, or has a head of zeros that was not allowed.
     """
-    path = Path(source)
+    if source.startswith(hub.PREFIXES):
+        snapshot = hub.fetch(source)
+        checkpoint = _timm(snapshot.weights, snapshot.config, snapshot.address, sha256)
+    elif Path(source).is_dir():
+        checkpoint = _folder(Path(source), sha256)
+    elif Path(source).suffix == ".npz":
+        checkpoint = _google(Path(source), sha256)
+    else:
+        weights = Path(source)
+        # Weights that still lie in their folder are fed as the folder says.
+        config = weights.parent / "config.json"
+        known = weights.name in hub.WEIGHTS and config.is_file()
+        checkpoint = _timm(weights, config if known else None, weights.name, sha256)
+    if not allow_zero_head and not checkpoint.model.head.weight.any():
+        raise ExportError(
+            f"{source}: the head is all zeros, so this is a pre-training checkpoint that gives "
+            "every image the same answer; --allow-zero-head exports it all the same"
+        )
+    return checkpoint
+
+
+def _google(path: Path, sha256: str | None) -> Checkpoint:
+    checksum = _checksum(path, sha256)
     model, left_aside = google.mixer(tensors.read(path))
     return Checkpoint(
         model=model,
-        preprocessing=google_preprocessing(model),
+        # big_vision's: [-1, 1], short side to 256/224 of the input, bilinear, centre crop.
+        preprocessing=Preprocessing(
+            image_size=model.config.image_size,
+            patch_size=model.config.patch_size,
+            crop_fraction=0.875,
+            interpolation="bilinear",
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+        ),
         family="mixer",
         source=path.name,
-        checksum=checksum(path),
+        checksum=checksum,
         left_aside=left_aside,
     )
 
 
-def google_preprocessing(model: Mixer) -> Preprocessing:
-    """Return big_vision's: [-1, 1], short side to 256/224 of the input, bilinear, centre crop."""
-    return Preprocessing(
-        image_size=model.config.image_size,
-        patch_size=model.config.patch_size,
-        crop_fraction=0.875,
-        interpolation="bilinear",
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
+def _folder(folder: Path, sha256: str | None) -> Checkpoint:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ExportError(f"{folder}: expected a timm model folder, but it has no config.json")
+    for name in hub.WEIGHTS:
+        if (folder / name).is_file():
+            return _timm(folder / name, config, folder.resolve().name, sha256)
+    raise ExportError(f"{folder}: holds neither {hub.WEIGHTS[0]} nor {hub.WEIGHTS[1]}")
+
+
+def _timm(weights: Path, config: Path | None, source: str, sha256: str | None) -> Checkpoint:
+    checksum = _checksum(weights, sha256)
+    model = timm.model(tensors.read(weights))
+    published = (
+        timm.Published(timm.default_preprocessing(model), None)
+        if config is None
+        else timm.published(config, model)
+    )
+    return Checkpoint(
+        model=model,
+        preprocessing=published.preprocessing,
+        family=timm.FAMILIES[type(model)],
+        source=source,
+        checksum=checksum,
+        labels=published.labels,
     )
 
 
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex."""
+def _checksum(path: Path, pinned: str | None) -> str:
+    """Return the SHA-256 of a file in hex, before anything in it is read."""
+    if not path.is_file():
+        raise ExportError(f"{path}: no such file")
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
+    if pinned is not None and digest.hexdigest() != pinned.lower():
+        raise ExportError(f"{path.name}: SHA-256 is {digest.hexdigest()}, expected {pinned}")
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The command `mixer-export`: a trained Mixer goes in, a self-describing ONNX file comes out."""
+"""mixer-export: a trained Mixer goes in, a self-describing ONNX file comes out."""
 
 import argparse
 import sys
@@ -8,12 +8,12 @@ from typing import get_args
 from pydantic import ValidationError
 from tqdm import tqdm
 
+from app.cpus import available_cpus
 from app.model_card import Interpolation, Preprocessing
-from model_export import checkpoints, labels
+from model_export import checkpoints, labels, pictures, report, summary
 from model_export.errors import ExportError
-from model_export.export import Report, export
-
-_STEPS = 5
+from model_export.evaluate import evaluate, plot_confusion
+from model_export.export import Precision, Request, export
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,42 +27,75 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def convert(options: argparse.Namespace) -> None:
-    """Convert a checkpoint and print a short report."""
+def _convert(options: argparse.Namespace) -> None:
     output = Path(options.output)
-    with tqdm(
-        total=_STEPS, leave=False, disable=None, bar_format="{desc} {bar} {n}/{total}"
-    ) as bar:
+    steps = 4 if options.precision == "fp32" else 7
+    with tqdm(total=steps, leave=False, disable=None, bar_format="{desc} {bar} {n}/{total}") as bar:
 
         def step(what: str) -> None:
             bar.set_description_str(what)
             bar.update()
 
         step("reading")
-        checkpoint = checkpoints.load(options.source)
-        preprocessing = override(checkpoint.preprocessing, options)
-        report = export(
-            checkpoint,
-            output,
-            name=options.name or output.stem,
-            labels=labels.load(options.labels, checkpoint.model.config.classes),
-            preprocessing=preprocessing,
-            step=step,
+        checkpoint = checkpoints.load(
+            options.source, sha256=options.sha256, allow_zero_head=options.allow_zero_head
         )
-    print(_summary(report, checkpoint))
+        preprocessing = _override(checkpoint.preprocessing, options)
+        request = Request(
+            name=options.name or output.stem,
+            labels=_labels(checkpoint, options.labels),
+            preprocessing=preprocessing,
+            precision=options.precision,
+            min_agreement=options.min_agreement,
+            with_features=options.with_features,
+            calibration=None
+            if options.calibration is None
+            else pictures.calibration(Path(options.calibration), preprocessing),
+        )
+        done = export(checkpoint, request, output, step)
+    print(report.conversion(done, checkpoint))
 
 
-def override(published: Preprocessing, options: argparse.Namespace) -> Preprocessing:
-    """Return the checkpoint's preprocessing with what the command line sets instead.
+def _inspect(options: argparse.Namespace) -> None:
+    print(report.inspection(summary.inspect(Path(options.model))))
 
-    Raises:
-        ExportError: a value is out of range.
-    """
+
+def _evaluate(options: argparse.Namespace) -> None:
+    model = Path(options.model)
+    result = evaluate(model, Path(options.data), available_cpus())
+    drawn = Path(options.confusion or f"{model.stem}-confusion.png")
+    plot_confusion(result, drawn)
+    print(report.evaluation(result))
+    print(f"  confusion  {drawn}")
+
+
+def _labels(checkpoint: checkpoints.Checkpoint, source: str | None) -> tuple[str, ...]:
+    classes = checkpoint.model.config.classes
+    if source is not None:
+        return labels.load(source, classes)
+    if checkpoint.labels is None:
+        raise ExportError(f"{checkpoint.source} names no classes: give its {classes} by --labels")
+    if len(checkpoint.labels) != classes:
+        raise ExportError(
+            f"{checkpoint.source}: config.json has {len(checkpoint.labels)} label_names, "
+            f"but the head has {classes} classes"
+        )
+    return checkpoint.labels
+
+
+def _override(published: Preprocessing, options: argparse.Namespace) -> Preprocessing:
+    """Return the checkpoint's preprocessing with what the command line sets instead."""
     changes = {
         "resize": "squash" if options.squash else None,
         "crop_fraction": options.crop_pct,
         "interpolation": options.interpolation,
+        "mean": options.mean,
+        "std": options.std,
     }
+    if options.crop_pct is not None:
+        changes["resize"] = "crop"
+    if options.std is not None and min(options.std) <= 0:
+        raise ExportError(f"--std {options.std}: expected three numbers above 0")
     merged = published.model_dump() | {k: v for k, v in changes.items() if v is not None}
     try:
         return Preprocessing.model_validate(merged)
@@ -71,41 +104,89 @@ def override(published: Preprocessing, options: argparse.Namespace) -> Preproces
         raise ExportError(f"{first['loc'][0]} {first['input']}: {first['msg']}") from error
 
 
-def _summary(report: Report, checkpoint: checkpoints.Checkpoint) -> str:
-    card, shown = report.card, report.card.preprocessing
-    resize = "squash" if shown.resize == "squash" else f"crop {shown.crop_fraction:g}"
-    agreement = report.agreement
-    lines = [
-        f"{report.path}: {report.file_bytes / 1e6:.1f} MB, {card.precision}",
-        f"  model      {card.name}: {card.family} {card.variant}, {card.parameters:,} parameters, "
-        f"{len(card.labels)} classes",
-        f"  source     {card.source}, SHA-256 {card.checksum}",
-        f"  input      {shown.image_size} px, {resize}, {shown.interpolation}, "
-        f"mean {shown.mean}, std {shown.std}",
-        f"  verified   {agreement.pictures} pictures, torch against onnxruntime: "
-        f"max |Δlogit| {agreement.logits:.2g} (allowed {agreement.limit:.2g})",
-    ]
-    if checkpoint.left_aside:
-        lines.append(f"  left aside {checkpoint.left_aside} tensors of training state")
-    return "\n".join(lines)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mixer-export", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("convert", help="turn a checkpoint into a model file")
-    command.set_defaults(run=convert)
-    command.add_argument("source", metavar="SOURCE", help="a Google checkpoint (.npz)")
+    _add_convert(commands.add_parser("convert", help="turn a checkpoint into a model file"))
+
+    inspect = commands.add_parser("inspect", help="show what a model file holds")
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("model", metavar="MODEL", help="an .onnx from mixer-export convert")
+
+    measure = commands.add_parser(
+        "evaluate", help="measure accuracy and speed through the serving pipeline"
+    )
+    measure.set_defaults(run=_evaluate)
+    measure.add_argument("model", metavar="MODEL", help="an .onnx from mixer-export convert")
+    measure.add_argument(
+        "data",
+        metavar="DATA_DIR",
+        help="pictures in one folder per class, or a tar of that; where it has a test or val "
+        "split, that is used",
+    )
+    measure.add_argument(
+        "--confusion",
+        metavar="PNG",
+        help="where to draw the confusion matrix (default: MODEL's name + -confusion.png, here)",
+    )
+    return parser
+
+
+def _add_convert(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_convert)
+    command.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a Google .npz, a timm model folder, a .safetensors, .pth or .bin, "
+        "or hf-hub:owner/name[@revision]",
+    )
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="the .onnx to write")
     command.add_argument(
-        "--labels", required=True, metavar="FILE", help="class names: text, one a line, or JSON"
+        "--labels",
+        metavar="FILE",
+        help="class names: a text file, one a line; a JSON list; imagenet-1k; imagenet-21k "
+        "(default: those in the checkpoint's config.json, if any)",
     )
     command.add_argument("--name", help="the model's name (default: the output file's)")
-    resize = command.add_mutually_exclusive_group()
+    command.add_argument("--sha256", metavar="HEX", help="refuse any other file of weights")
+    command.add_argument(
+        "--allow-zero-head",
+        action="store_true",
+        help="export a checkpoint without a trained head, for its features",
+    )
+    command.add_argument(
+        "--with-features",
+        action="store_true",
+        help="add the output features: the pooled vector before the head",
+    )
+    smaller = command.add_argument_group("precision")
+    smaller.add_argument(
+        "--precision", choices=get_args(Precision), default="fp32", help="(default: fp32)"
+    )
+    smaller.add_argument(
+        "--calibration",
+        metavar="DIR",
+        help="photos to fix int8's activation ranges with, and to measure agreement on "
+        "(default: ranges from each batch, agreement on synthetic pictures)",
+    )
+    smaller.add_argument(
+        "--min-agreement",
+        type=float,
+        default=0.99,
+        metavar="SHARE",
+        help="write nothing if fewer answers are float32's own (default: 0.99)",
+    )
+    fed = command.add_argument_group("preprocessing (default: as the checkpoint was published)")
+    resize = fed.add_mutually_exclusive_group()
     resize.add_argument("--squash", action="store_true", help="resize without keeping the aspect")
-    resize.add_argument("--crop-pct", type=float, help="fraction of the short side that is kept")
-    command.add_argument("--interpolation", choices=get_args(Interpolation), help="of the resize")
-    return parser
+    resize.add_argument(
+        "--crop-pct", type=float, metavar="SHARE", help="share of the short side that is kept"
+    )
+    fed.add_argument("--interpolation", choices=get_args(Interpolation), help="of the resize")
+    for name in ("--mean", "--std"):
+        fed.add_argument(
+            name, nargs=3, type=float, metavar=("R", "G", "B"), help="of pixels in [0, 1]"
+        )
 
 
 if __name__ == "__main__":

@@ -4,24 +4,40 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from app.model_card import Golden, ModelCard, Preprocessing, write_metadata
-from model_export import graph, verify
+from model_export import graph, quantize, verify
 from model_export.checkpoints import Checkpoint
 from model_export.errors import ExportError
-from model_export.mixer import VARIANTS, MixerConfig
+from model_export.mixer import VARIANTS, Mixer, MixerConfig
 from model_export.samples import photo_like
+
+Precision = Literal["fp32", "fp16", "int8"]
 
 _GOLDEN_SEED = 0
 # Largest |Δlogit| / largest |logit| that is still the same model. Measured on the embedded model
 # and a B/16: float32 against float64 6e-7, so another CPU or GPU passes; TF32 4e-4, a wrong GELU
-# form 1.6e-4 and more, so a wrong runtime does not.
-_GOLDEN_SHARE = 1e-4
+# form 1.6e-4 and more, so a wrong runtime does not. Half has TF32's mantissa, but rounds each
+# result to it as well.
+_GOLDEN_SHARE = {"fp32": 1e-4, "fp16": 1e-2}
 _GOLDEN_FLOOR = 1e-6  # a head of zeros has no logits to take a share of
+_LOSS_SEED = 100
+_LOSS_PICTURES = 128  # the default agreement of 0.99 then allows one other answer
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What a smaller precision cost and gained against float32, measured in the same run."""
+
+    loss: verify.Loss
+    float_bytes: int
+    latency_ratio: float  # below 1 is faster than float32
+    kept_float: tuple[str, ...]  # parts that int8 would have hurt too much
 
 
 @dataclass(frozen=True)
@@ -32,67 +48,132 @@ class Report:
     path: Path
     file_bytes: int
     agreement: verify.Agreement
+    shrunk: Shrunk | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to export and how."""
+
+    name: str
+    labels: tuple[str, ...]
+    preprocessing: Preprocessing
+    precision: Precision = "fp32"
+    min_agreement: float = 0.99  # share of pictures on which a smaller precision must agree
+    with_features: bool = False
+    calibration: NDArray[np.uint8] | None = None  # [pictures, tokens, P·P·3], for static int8
 
 
 def export(
-    checkpoint: Checkpoint,
-    path: Path,
-    *,
-    name: str,
-    labels: tuple[str, ...],
-    preprocessing: Preprocessing,
-    step: Callable[[str], object],
+    checkpoint: Checkpoint, request: Request, path: Path, step: Callable[[str], object]
 ) -> Report:
     """Export `checkpoint` to `path`; `step` is told what is being done.
 
     Raises:
-        ExportError: the file does not answer as the torch model does; `path` is left as it was.
+        ExportError: the file does not answer as the torch model does, or a smaller precision
+            loses too much; `path` is left as it was.
     """
-    card = ModelCard(
-        name=name,
-        version=checkpoint.checksum[:12],
-        family=checkpoint.family,
-        variant=variant(checkpoint.model.config),
-        parameters=sum(p.numel() for p in checkpoint.model.parameters()),
-        preprocessing=preprocessing,
-        labels=labels,
-        source=checkpoint.source,
-        checksum=checkpoint.checksum,
-    )
-    step("tracing")
-    proto = graph.to_onnx(checkpoint.model, preprocessing)
-    sample = photo_like(1, preprocessing, _GOLDEN_SEED)
-    logits, _ = verify.torch_outputs(checkpoint.model, preprocessing, sample)
-    onnx.helper.set_model_props(proto, write_metadata(card, golden(sample, logits)))
     if not path.parent.is_dir():
         raise ExportError(f"{path}: its folder does not exist")
+    model, preprocessing = checkpoint.model, request.preprocessing
+    card = _card(checkpoint, request)
+    step("tracing")
+    proto = graph.to_onnx(model, preprocessing, with_features=request.with_features)
+    sample = photo_like(1, preprocessing, _GOLDEN_SEED)
     # Beside the target, so that the last step is a rename within one file system.
     with tempfile.TemporaryDirectory(prefix=".mixer-export-", dir=path.parent) as folder:
         draft = Path(folder) / path.name
-        step("writing")
         onnx.save(proto, draft)
         step("verifying")
-        agreement = verify.compare(checkpoint.model, preprocessing, draft)
+        agreement = verify.compare(model, preprocessing, draft)
+        shrunk = None
+        if request.precision == "fp32":
+            logits, _ = verify.torch_outputs(model, preprocessing, sample)
+            tolerance = _GOLDEN_SHARE["fp32"] * float(np.abs(logits).max())
+        else:
+            proto, shrunk = _shrink(model, request, proto, step)
+            session = verify.open_session(proto.SerializeToString())
+            logits = verify.logits_of(session, sample)
+            # Rounding flips differ between processors, but by no more than rounding itself cost.
+            tolerance = max(
+                shrunk.loss.logits,
+                _GOLDEN_SHARE.get(request.precision, 0) * float(np.abs(logits).max()),
+            )
+        step("writing")
+        golden = Golden.of(sample, logits, max(tolerance, _GOLDEN_FLOOR))
+        onnx.helper.set_model_props(proto, write_metadata(card, golden))
+        onnx.save(proto, draft)
         draft.replace(path)
-    return Report(card, path, path.stat().st_size, agreement)
+    return Report(card, path, path.stat().st_size, agreement, shrunk)
 
 
-def golden(patches: NDArray[np.uint8], logits: NDArray[np.float32]) -> Golden:
-    """Pack a sample uint8 [1, tokens, P·P·3] and its logits float32 [1, classes] for the server."""
-    tolerance = max(_GOLDEN_SHARE * float(np.abs(logits).max()), _GOLDEN_FLOOR)
-    return Golden.of(patches, logits, tolerance)
+def _shrink(
+    model: Mixer, request: Request, proto: onnx.ModelProto, step: Callable[[str], object]
+) -> tuple[onnx.ModelProto, Shrunk]:
+    """Make the graph smaller and measure what that costs against the float32 one."""
+    pictures = request.calibration
+    if pictures is None:
+        pictures = photo_like(_LOSS_PICTURES, request.preprocessing, _LOSS_SEED)
+    step("running float32")
+    float_bytes = proto.SerializeToString()
+    baseline = verify.open_session(float_bytes)
+    expected = verify.logits_of(baseline, pictures)
+
+    def compare(candidate: onnx.ModelProto, count: int | None) -> verify.Loss:
+        session = verify.open_session(candidate.SerializeToString())
+        return verify.lose(expected[:count], verify.logits_of(session, pictures[:count]))
+
+    step(f"converting to {request.precision}")
+    kept: list[str] = []
+    if request.precision == "fp16":
+        proto = graph.to_onnx(
+            model, request.preprocessing, with_features=request.with_features, half=True
+        )
+        loss = compare(proto, None)
+        if not loss.agreement >= request.min_agreement:
+            raise ExportError(
+                f"fp16 agrees with float32 on {loss.agreement:.2%} of {loss.pictures} pictures; "
+                f"at least {request.min_agreement:.2%} is asked for (--min-agreement)"
+            )
+    else:
+        proto, loss, kept = quantize.int8_within(
+            proto,
+            model.config.blocks,
+            compare,
+            request.min_agreement,
+            request.calibration,
+        )
+    step("timing")
+    ratio = verify.latency_ratio(baseline, verify.open_session(proto.SerializeToString()), pictures)
+    return proto, Shrunk(loss, len(float_bytes), ratio, tuple(kept))
 
 
-def variant(config: MixerConfig) -> str:
+def _card(checkpoint: Checkpoint, request: Request) -> ModelCard:
+    return ModelCard(
+        name=request.name,
+        version=checkpoint.checksum[:12],
+        family=checkpoint.family,
+        variant=variant(checkpoint.family, checkpoint.model.config),
+        parameters=sum(p.numel() for p in checkpoint.model.parameters()),
+        preprocessing=request.preprocessing,
+        labels=request.labels,
+        source=checkpoint.source,
+        precision=request.precision,
+        checksum=checkpoint.checksum,
+    )
+
+
+def variant(family: str, config: MixerConfig) -> str:
     """Name the paper's variant, or the dimensions where it is none of them."""
     for name, known in VARIANTS.items():
-        if _dimensions(known) == _dimensions(config):
+        if family == "mixer" and _dimensions(known) == _dimensions(config):
             return name
     return _dimensions(config)
 
 
 def _dimensions(config: MixerConfig) -> str:
+    token_mlp = f"D_S {config.token_mlp}, " if config.token_mlp else ""
     return (
-        f"P {config.patch_size}, S {config.tokens}, C {config.hidden}, D_S {config.token_mlp}, "
+        f"P {config.patch_size}, S {config.tokens}, C {config.hidden}, {token_mlp}"
         f"D_C {config.channel_mlp}, {config.blocks} blocks"
     )

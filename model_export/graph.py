@@ -1,8 +1,8 @@
 """From a torch model to an ONNX graph: normalisation folded in, deterministic to the byte."""
 
+import copy
 import logging
 import warnings
-from typing import Any
 
 import onnx
 import torch
@@ -16,44 +16,59 @@ _TRACED_BATCH = 2  # torch.export would take a batch of one for a constant
 
 
 class PatchClassifier(nn.Module):
-    """A Mixer whose stem takes raw bytes: (x / 255 - mean) / std is folded into its weights."""
+    """A Mixer whose stem takes raw bytes: (x / 255 - mean) / std is folded into its weights.
 
-    def __init__(self, model: Mixer, preprocessing: Preprocessing, *, with_features: bool) -> None:
+    In half precision the pooling, the head and (by the operator's own definition) the statistics
+    of LayerNorm stay float32.
+    """
+
+    def __init__(
+        self, model: Mixer, preprocessing: Preprocessing, *, with_features: bool, half: bool
+    ) -> None:
         super().__init__()
-        self.stem = fold_normalisation(model.stem, preprocessing)
-        self.blocks = model.blocks
-        self.norm = model.norm
+        # Half has 11 bits: around zero the bytes' products keep them, around 128 they would not.
+        self.offset = 128 if half else 0
+        self.dtype = torch.float16 if half else torch.float32
+        self.stem = fold_normalisation(model.stem, preprocessing, self.offset).to(self.dtype)
+        self.blocks = copy.deepcopy(model.blocks).to(self.dtype)
+        self.norm = copy.deepcopy(model.norm).to(self.dtype)
         self.head = model.head
         self.with_features = with_features
 
-    def forward(self, patches: Tensor) -> Any:
+    def forward(self, patches: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Map uint8 [batch, S, P·P·3] to logits [batch, classes] (and features [batch, C])."""
-        x = self.stem(patches.float())  # [batch, S, C]
-        features = self.norm(self.blocks(x)).mean(dim=1)  # [batch, C]
-        logits = self.head(features)  # [batch, classes]
+        x = patches.to(self.dtype)  # [batch, S, P·P·3]
+        if self.offset:
+            x = x - self.offset
+        x = self.norm(self.blocks(self.stem(x)))  # [batch, S, C]
+        features = x.float().mean(dim=1)  # [batch, C]
+        logits: Tensor = self.head(features)  # [batch, classes]
         return (logits, features) if self.with_features else logits
 
 
-def fold_normalisation(stem: nn.Linear, preprocessing: Preprocessing) -> nn.Linear:
-    """Return a stem that does on bytes what `stem` does on normalised pixels.
+def fold_normalisation(stem: nn.Linear, preprocessing: Preprocessing, offset: int) -> nn.Linear:
+    """Return a stem that does on bytes less `offset` what `stem` does on normalised pixels.
 
-    W·((x/255 - mean)/std) + b = (W/(255·std))·x + (b - W·(mean/std)), computed in float64.
+    W·((x/255 - mean)/std) + b = V·(x - offset) + (b - W·(mean/std) + V·offset), where
+    V = W/(255·std); computed in float64.
     """
-    colors = preprocessing.patch_size**2
-    mean = torch.tensor(preprocessing.mean, dtype=torch.float64).repeat(colors)  # [P·P·3]
-    std = torch.tensor(preprocessing.std, dtype=torch.float64).repeat(colors)  # [P·P·3]
+    pixels = preprocessing.patch_size**2
+    mean = torch.tensor(preprocessing.mean, dtype=torch.float64).repeat(pixels)  # [P·P·3]
+    std = torch.tensor(preprocessing.std, dtype=torch.float64).repeat(pixels)  # [P·P·3]
     weight = stem.weight.detach().double()  # [C, P·P·3]
+    scaled = weight / (255 * std)  # [C, P·P·3]
+    bias = stem.bias.detach().double() - weight @ (mean / std) + scaled.sum(dim=1) * offset  # [C]
     folded = nn.Linear(stem.in_features, stem.out_features, device="meta")
-    folded.weight = nn.Parameter((weight / (255 * std)).float())
-    folded.bias = nn.Parameter((stem.bias.detach().double() - weight @ (mean / std)).float())
+    folded.weight, folded.bias = nn.Parameter(scaled.float()), nn.Parameter(bias.float())
     return folded
 
 
 def to_onnx(
-    model: Mixer, preprocessing: Preprocessing, *, with_features: bool = False
+    model: Mixer, preprocessing: Preprocessing, *, with_features: bool = False, half: bool = False
 ) -> onnx.ModelProto:
-    """Trace `model` into a float32 graph: patches uint8 [batch, S, P·P·3] to logits, features."""
-    classifier = PatchClassifier(model, preprocessing, with_features=with_features).eval()
+    """Trace `model` into a graph: patches uint8 [batch, S, P·P·3] to logits, features float32."""
+    classifier = PatchClassifier(model, preprocessing, with_features=with_features, half=half)
+    classifier.eval()
     shape = (_TRACED_BATCH, preprocessing.tokens, preprocessing.patch_bytes)
     # The exporter reports that torchvision's operators are missing; no Mixer needs them.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

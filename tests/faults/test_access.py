@@ -23,9 +23,9 @@ def keys(tmp_path: Path) -> Path:
 
 
 def test_keys(fake: Start, keys: Path) -> None:
-    """Without a known key everything but health is a 401 problem; both ways to send one do."""
+    """Without a known key all but health and pages is a 401 problem; both ways to send one do."""
     with fake(api_keys_file=keys) as server:
-        for request in (post(make_image()), get("/model"), get("/nowhere"), get("/openapi.json")):
+        for request in (post(make_image()), get("/model"), get("/nowhere")):
             answer = one(server.url, request)
             assert answer.status == 401
             assert answer.header("Content-Type") == "application/problem+json"

@@ -1,5 +1,6 @@
 """What the exporter's tests share: the fixtures' folder and the command, run in this process."""
 
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,3 +46,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = ["convert", str(FIXTURES / "google_tiny.npz"), "-o", str(folder / "tiny.onnx")]
     assert main([*command, "--labels", str(folder / "labels.txt")]) == 0
     return folder / "tiny.onnx"
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """Return a folder of real photos, or None on a machine that has none."""
+    archive = Path(__file__).parents[3] / "shared" / "data" / "photos.tar"
+    if not archive.is_file():
+        return None
+    folder = tmp_path_factory.mktemp("photos")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return next(folder.rglob("*.JPEG")).parent

@@ -104,7 +104,7 @@ def test_failed_verification_writes_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """When ONNX and torch disagree, the old file stays, nothing is left, and the exit code is 1."""
-    monkeypatch.setattr(graph, "fold_normalisation", lambda stem, preprocessing: stem)
+    monkeypatch.setattr(graph, "fold_normalisation", lambda stem, *_: stem)
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "model.onnx").write_text("old")
@@ -121,7 +121,13 @@ def test_report_says_what_was_verified(
     """The report names the model, its checksum, its input and how far the logits were apart."""
     convert(TINY, 7, "--name", "tiny", "--squash")
     report = capsys.readouterr().out
-    for fact in ("tiny: mixer", "7 classes", "64 px, squash, bilinear", "max |Δlogit|", "SHA-256"):
+    for fact in (
+        "tiny: mixer",
+        "7 classes",
+        "64 px, patches of 16, squash, bilinear",
+        "max |Δlogit|",
+        "SHA-256",
+    ):
         assert fact in report
 
 

@@ -1,0 +1,142 @@
+"""Measure a model file on labeled pictures, through the pipeline that serves it."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from app.engine import OnnxEngine
+from app.errors import Problem, StartupError
+from app.images import decode
+from app.model_card import ModelCard
+from model_export.errors import ExportError
+from model_export.pictures import MAX_PIXELS, Entry, ImageFolder
+
+_BATCH = 32
+_TOP = 5
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model got right."""
+
+    card: ModelCard
+    confusion: NDArray[np.int64]  # [classes, classes]: row the true class, column the answer
+    top5: float | None  # None where five guesses are nearly all of the classes
+    refused: tuple[str, ...]  # pictures that the server would answer with an error
+    by_order: bool  # folders were matched to labels by their order, not by their names
+    seconds: float
+
+    @property
+    def pictures(self) -> int:
+        """Count the pictures that got an answer."""
+        return int(self.confusion.sum())
+
+    @property
+    def top1(self) -> float:
+        """Share of pictures whose best class is the true one."""
+        return float(np.trace(self.confusion)) / self.pictures
+
+    @property
+    def per_class(self) -> NDArray[np.float64]:
+        """Return the top-1 accuracy of each class, NaN where it has no picture: [classes]."""
+        with np.errstate(invalid="ignore"):
+            share: NDArray[np.float64] = self.confusion.diagonal() / self.confusion.sum(axis=1)
+        return share
+
+
+def evaluate(model: Path, data: Path, threads: int) -> Evaluation:
+    """Classify every picture of `data`, an ImageFolder or a tar of one, with a progress bar.
+
+    Raises:
+        ExportError: the model or the data cannot be read, or their classes do not match.
+    """
+    try:
+        engine = OnnxEngine(model, "cpu", threads)
+    except StartupError as error:
+        raise ExportError(str(error)) from error
+    pictures = ImageFolder(data)
+    indices, by_order = _match(pictures.folders, engine.card.labels)
+    classes = len(engine.card.labels)
+    confusion = np.zeros((classes, classes), np.int64)
+    in_top = 0
+    refused: list[str] = []
+    start = time.perf_counter()
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(total=len(pictures), unit="img", leave=False, disable=None) as bar,
+    ):
+        for entries in _batches(pictures):
+            decoded = list(pool.map(lambda entry: _patches(entry, engine.card), entries))
+            bar.update(len(entries))
+            good = [patches for patches in decoded if patches is not None]
+            refused += [e.name for e, p in zip(entries, decoded, strict=True) if p is None]
+            if not good:
+                continue
+            logits = engine.run(np.stack(good))  # [batch, classes]
+            kept = [e for e, p in zip(entries, decoded, strict=True) if p is not None]
+            truth = np.array([indices[entry.folder] for entry in kept])  # [batch]
+            best = np.argsort(-logits, axis=1, kind="stable")[:, :_TOP]  # [batch, 5]
+            np.add.at(confusion, (truth, best[:, 0]), 1)
+            in_top += int((best == truth[:, None]).any(axis=1).sum())
+    seconds = time.perf_counter() - start
+    if not confusion.any():
+        raise ExportError(f"{data}: no picture could be decoded")
+    top5 = in_top / int(confusion.sum()) if classes > _TOP else None
+    return Evaluation(engine.card, confusion, top5, tuple(refused), by_order, seconds)
+
+
+def plot_confusion(evaluation: Evaluation, path: Path) -> None:
+    """Draw the confusion matrix, rows scaled to shares of the true class, into a PNG."""
+    from matplotlib.figure import Figure  # only here: it is slow to import
+
+    confusion = evaluation.confusion
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    labels = evaluation.card.labels
+    side = 8.0
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(
+        xlabel="answer", ylabel="truth", title=f"{evaluation.card.name}: {evaluation.top1:.2%}"
+    )
+    if len(labels) <= 30:  # more names would not be legible
+        axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+        axes.set_yticks(range(len(labels)), labels)
+        for row, column in np.ndindex(*shares.shape):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            count = str(confusion[row, column])
+            axes.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _match(folders: list[str], labels: tuple[str, ...]) -> tuple[dict[str, int], bool]:
+    """Find each folder's class: by name, or by order where no name fits but the count does."""
+    named = {label: index for index, label in enumerate(labels)}
+    unknown = [folder for folder in folders if folder not in named]
+    if not unknown:
+        return {folder: named[folder] for folder in folders}, False
+    if len(unknown) == len(folders) == len(labels):  # synsets, say: torchvision's convention
+        return {folder: index for index, folder in enumerate(folders)}, True
+    raise ExportError(
+        f"folder {unknown[0]} is none of the model's {len(labels)} labels ({labels[0]}, …)"
+    )
+
+
+def _batches(pictures: ImageFolder) -> Iterator[list[Entry]]:
+    entries = iter(pictures)
+    while batch := list(islice(entries, _BATCH)):
+        yield batch
+
+
+def _patches(entry: Entry, card: ModelCard) -> NDArray[np.uint8] | None:
+    try:
+        return decode(entry.data, card.preprocessing, MAX_PIXELS).patches
+    except Problem:
+        return None

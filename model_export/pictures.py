@@ -1,0 +1,106 @@
+"""Real pictures from a folder or a tar: to calibrate int8 and to measure accuracy."""
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.errors import Problem
+from app.images import decode
+from app.model_card import Preprocessing
+from app.settings import Settings
+from model_export.errors import ExportError
+
+MAX_PIXELS: int = Settings.model_fields["max_pixels"].default  # what the server takes
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+# Where a data set comes whole, these of its folders are the ones to measure on.
+_SPLITS = ("test", "val", "validation")
+_CALIBRATION_PICTURES = 256  # more of them hardly move the ranges
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One encoded picture of an ImageFolder."""
+
+    folder: str  # the name of its class
+    name: str
+    data: bytes
+
+
+class ImageFolder:
+    """Pictures in one folder per class, on disk or in a tar (of any compression).
+
+    Raises:
+        ExportError: there is no such folder or tar, or it holds no pictures.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.exists():
+            raise ExportError(f"{path}: no such folder or tar")
+        try:
+            names = [name for name in self._names() if name.suffix.lower() in _SUFFIXES]
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise ExportError(f"{path}: not a readable folder or tar ({error})") from error
+        names = [name for name in names if len(name.parts) >= 2]
+        splits = {name.parts[-3] for name in names if len(name.parts) >= 3}
+        split = next((part for part in _SPLITS if part in splits), None)
+        if split is not None:
+            names = [name for name in names if name.parts[-3:-2] == (split,)]
+        if not names:
+            raise ExportError(f"{path}: holds no pictures in a folder per class")
+        self._wanted = frozenset(names)
+        self.folders = sorted({name.parent.name for name in names})
+
+    def __len__(self) -> int:
+        """Count the pictures."""
+        return len(self._wanted)
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Yield every picture, in the order of the disk's names or of the tar."""
+        if self.path.is_dir():
+            for name in sorted(self._wanted):
+                data = self.path.joinpath(name).read_bytes()
+                yield Entry(name.parent.name, str(name), data)
+            return
+        with tarfile.open(self.path) as archive:
+            for member in archive:
+                name = PurePosixPath(member.name)
+                file = archive.extractfile(member) if name in self._wanted else None
+                if file is not None:
+                    yield Entry(name.parent.name, member.name, file.read())
+
+    def _names(self) -> list[PurePosixPath]:
+        if self.path.is_dir():
+            return [
+                PurePosixPath(file.relative_to(self.path).as_posix())
+                for file in self.path.rglob("*")
+                if file.is_file()
+            ]
+        with tarfile.open(self.path) as archive:
+            return [PurePosixPath(member.name) for member in archive if member.isfile()]
+
+
+def calibration(folder: Path, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Decode up to 256 pictures, evenly chosen from anywhere below `folder`.
+
+    Returns:
+        Patches uint8 [pictures, tokens, P·P·3].
+
+    Raises:
+        ExportError: there is none that can be decoded.
+    """
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
+    step = max(1, len(files) // _CALIBRATION_PICTURES)
+    decoded = []
+    for file in files[::step][:_CALIBRATION_PICTURES]:
+        try:
+            decoded.append(decode(file.read_bytes(), preprocessing, MAX_PIXELS).patches)
+        except Problem:  # one odd file in a folder of photos is no reason to stop
+            continue
+    if not decoded:
+        raise ExportError(f"--calibration {folder}: holds no picture that can be decoded")
+    return np.stack(decoded)

@@ -1,0 +1,255 @@
+"""timm's checkpoints: parity of model and preprocessing for each family, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from app.images import decode, patchify
+from app.model_card import ModelCard, Preprocessing, read_metadata
+from model_export import checkpoints, verify
+from model_export.cli import main
+from model_export.mixer import Mixer, MixerConfig
+
+from .conftest import FIXTURES, Convert
+
+FAMILIES = {
+    "timm_mixer_tiny": "mixer",
+    "timm_mixer_tiny_miil": "mixer",
+    "timm_gmixer_tiny": "gmixer",
+    "timm_resmlp_tiny": "resmlp",
+    "timm_gmlp_tiny": "gmlp",
+}
+FOLDERS = pytest.mark.parametrize("folder", FAMILIES)
+
+
+def expected(folder: str) -> dict[str, NDArray[Any]]:
+    """Return what timm computed for the fixture, with its images as patches uint8 [3, 16, 768]."""
+    with np.load(FIXTURES / folder / "expected.npz") as file:
+        arrays = dict(file)
+    arrays["patches"] = np.stack([patchify(Image.fromarray(i), 16) for i in arrays["images"]])
+    return arrays
+
+
+@FOLDERS
+def test_torch_agrees_with_timm(folder: str) -> None:
+    """Logits and features are timm's within 1e-5, for every family."""
+    checkpoint = checkpoints.load(str(FIXTURES / folder))
+    known = expected(folder)
+    logits, features = verify.torch_outputs(
+        checkpoint.model, checkpoint.preprocessing, known["patches"].astype(np.uint8)
+    )
+    assert np.abs(logits - known["logits"]).max() <= 1e-5
+    assert np.abs(features - known["features"]).max() <= 1e-5
+
+
+@FOLDERS
+def test_onnx_agrees_with_timm(folder: str, convert: Convert, photos: Path | None) -> None:
+    """The exported file gives timm's logits, features and, through our pipeline, photo logits."""
+    known = expected(folder)
+    output = convert(FIXTURES / folder, known["logits"].shape[1], "--with-features")
+    session = onnxruntime.InferenceSession(output)
+    logits, features = session.run(["logits", "features"], {"patches": known["patches"]})
+    assert np.abs(logits - known["logits"]).max() <= 1e-4
+    assert np.abs(features - known["features"]).max() <= 1e-4
+    card, _ = read_metadata(session.get_modelmeta().custom_metadata_map)
+    assert card.family == FAMILIES[folder]
+    if photos is not None:
+        files = [photos / str(name) for name in known["photo_names"]]
+        decoded = [decode(f.read_bytes(), card.preprocessing, 10**8, draft=False) for f in files]
+        answers = session.run(["logits"], {"patches": np.stack([d.patches for d in decoded])})[0]
+        assert np.abs(answers - known["photo_logits"]).max() <= 1e-3
+
+
+def card_of(output: Path) -> ModelCard:
+    """Return the model card inside a file."""
+    session = onnxruntime.InferenceSession(output)
+    return read_metadata(session.get_modelmeta().custom_metadata_map)[0]
+
+
+def test_preprocessing_comes_from_the_config(convert: Convert) -> None:
+    """A miil checkpoint's mean 0, std 1 and bilinear come from its pretrained_cfg."""
+    shown = card_of(convert(FIXTURES / "timm_mixer_tiny_miil", 6)).preprocessing
+    assert (shown.mean, shown.std, shown.interpolation) == ((0,) * 3, (1,) * 3, "bilinear")
+
+
+def test_flags_override_the_config(convert: Convert, capsys: pytest.CaptureFixture[str]) -> None:
+    """Mean, std, crop and interpolation can be set, and the report shows each change."""
+    flags = ["--mean", "0.1", "0.2", "0.3", "--std", "1", "1", "1"]
+    flags += ["--crop-pct", "0.9", "--interpolation", "nearest"]
+    shown = card_of(convert(FIXTURES / "timm_mixer_tiny", 5, *flags)).preprocessing
+    assert (shown.mean, shown.crop_fraction, shown.interpolation) == (
+        (0.1, 0.2, 0.3),
+        0.9,
+        "nearest",
+    )
+    report = capsys.readouterr().out
+    assert "crop_fraction 0.875 -> 0.9" in report
+    assert "mean (0.5, 0.5, 0.5) -> (0.1, 0.2, 0.3)" in report
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "bare.pth"])
+def test_every_kind_of_weights_file_is_read(name: str, tmp_path: Path) -> None:
+    """A folder's .safetensors or .bin, and bare weights, hold the same model."""
+    original = FIXTURES / "timm_mixer_tiny"
+    known = expected("timm_mixer_tiny")
+    if name == "bare.pth":
+        source = tmp_path / name
+        shutil.copy(original / "pytorch_model.bin", source)
+    else:
+        source = tmp_path
+        shutil.copy(original / name, tmp_path)
+        shutil.copy(original / "config.json", tmp_path)
+    checkpoint = checkpoints.load(str(source))
+    logits, _ = verify.torch_outputs(
+        checkpoint.model, checkpoint.preprocessing, known["patches"].astype(np.uint8)
+    )
+    assert np.abs(logits - known["logits"]).max() <= 1e-5
+
+
+def test_labels_of_the_config_are_used(tmp_path: Path) -> None:
+    """Without --labels, the config's label_names are the labels."""
+    folder = tmp_path / "named"
+    shutil.copytree(FIXTURES / "timm_mixer_tiny", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["label_names"] = ["ant", "bee", "cow", "dog", "eel"]
+    (folder / "config.json").chmod(0o644)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["convert", str(folder), "-o", str(tmp_path / "m.onnx")]) == 0
+    assert card_of(tmp_path / "m.onnx").labels == ("ant", "bee", "cow", "dog", "eel")
+
+
+Refuse = Callable[..., str]
+
+
+@pytest.fixture
+def refuse(
+    tmp_path: Path, labels: Callable[[int], Path], capsys: pytest.CaptureFixture[str]
+) -> Refuse:
+    """Return a function that sees convert refuse a source, and returns its one line."""
+
+    def run(source: Path | str, *flags: str) -> str:
+        output = tmp_path / "refused.onnx"
+        command = ["convert", str(source), "-o", str(output), "--labels", str(labels(5))]
+        assert main([*command, *flags]) == 1
+        assert not output.exists()
+        message = capsys.readouterr().err
+        assert message.startswith("mixer-export: ")
+        assert message.count("\n") == 1
+        return message
+
+    return run
+
+
+def spoiled(tmp_path: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """Return bare weights of the tiny Mixer with a change."""
+    tensors = load_file(FIXTURES / "timm_mixer_tiny" / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "spoiled.safetensors")
+    return tmp_path / "spoiled.safetensors"
+
+
+def without_head(tensors: dict[str, Tensor]) -> None:
+    """Set the head's weights to zero, as they are before fine-tuning."""
+    tensors["head.weight"].zero_()
+
+
+def test_head_of_zeros_is_refused(tmp_path: Path, refuse: Refuse) -> None:
+    """A checkpoint whose head is all zeros is refused with a sentence that says so."""
+    source = spoiled(tmp_path, without_head)
+    assert "the head is all zeros, so this is a pre-training checkpoint" in refuse(source)
+
+
+def test_head_of_zeros_can_be_allowed(tmp_path: Path, convert: Convert) -> None:
+    """With --allow-zero-head it is exported, and the file passes its own golden sample."""
+    source = spoiled(tmp_path, without_head)
+    session = onnxruntime.InferenceSession(convert(source, 5, "--allow-zero-head"))
+    card, golden = read_metadata(session.get_modelmeta().custom_metadata_map)
+    logits = session.run(["logits"], {"patches": golden.patches(card.preprocessing)})[0]
+    assert np.abs(logits - golden.logits()).max() <= golden.tolerance
+
+
+def test_vision_transformer_is_refused(tmp_path: Path, refuse: Refuse) -> None:
+    """A ViT's tensors are refused by name."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if ".mlp_tokens." in name]:
+            tensors[name.replace("mlp_tokens", "attn")] = tensors.pop(name)
+
+    message = refuse(spoiled(tmp_path, change))
+    assert "not a Mixer: tensor blocks.0.mlp_tokens.fc1.weight is missing" in message
+
+
+def test_oblong_patches_are_refused(tmp_path: Path, refuse: Refuse) -> None:
+    """A stem over oblong patches is refused with its shape."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["stem.proj.weight"] = tensors["stem.proj.weight"][..., :8].contiguous()
+
+    assert "stem.proj.weight has shape (32, 3, 16, 8)" in refuse(spoiled(tmp_path, change))
+
+
+def test_other_file_than_pinned_is_refused(refuse: Refuse) -> None:
+    """--sha256 refuses a file of another checksum before reading it."""
+    message = refuse(FIXTURES / "timm_mixer_tiny", "--sha256", "0" * 64)
+    assert f"expected {'0' * 64}" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"input_size": [3, 224, 224]}, "input_size is [3, 224, 224], but the weights take"),
+        ({"crop_mode": "border"}, "crop_mode border"),
+        ({"interpolation": "random"}, "interpolation: Input should be"),
+        ({"crop_pct": 1.5}, "crop_fraction: Input should be less than or equal to 1"),
+    ],
+)
+def test_config_that_does_not_fit_is_refused(
+    change: dict[str, object], said: str, tmp_path: Path, refuse: Refuse
+) -> None:
+    """A config.json that contradicts the weights or asks for the unsupported is refused."""
+    folder = tmp_path / "folder"
+    shutil.copytree(FIXTURES / "timm_mixer_tiny", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= change
+    (folder / "config.json").chmod(0o644)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert said in refuse(folder)
+
+
+def test_unknown_architecture_argument_is_refused(tmp_path: Path, refuse: Refuse) -> None:
+    """A model_args entry that could change the computation is refused by name."""
+    folder = tmp_path / "folder"
+    shutil.copytree(FIXTURES / "timm_mixer_tiny", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"]["act_layer"] = "relu"
+    (folder / "config.json").chmod(0o644)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "model_args act_layer is not supported" in refuse(folder)
+
+
+def test_draft_decoding_keeps_the_answers(photos: Path | None) -> None:
+    """At 224 px at least 99 % of real photos get the same class with libjpeg's draft as without."""
+    if photos is None:
+        pytest.skip("no photos on this machine")
+    torch.manual_seed(0)
+    model = Mixer(MixerConfig(224, 16, 2, 64, 32, 128, classes=10)).eval()
+    shown = Preprocessing(image_size=224, patch_size=16)
+    answers = []
+    for draft in (True, False):
+        files = sorted(photos.iterdir())
+        patches = [decode(f.read_bytes(), shown, 10**8, draft=draft).patches for f in files]
+        logits, _ = verify.torch_outputs(model, shown, np.stack(patches))
+        answers.append((logits - logits.mean(axis=0)).argmax(axis=1))
+    assert len(set(answers[0])) > 5  # the random model tells photos apart
+    assert (answers[0] == answers[1]).mean() >= 0.99
