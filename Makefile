@@ -6,7 +6,7 @@ SHARED ?= ../shared
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help serve test lint accuracy clean
+.PHONY: help serve test faults lint accuracy clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -16,6 +16,9 @@ serve: .venv/serve ## Serve the embedded model on http://HOST:PORT
 
 test: .venv/test lint ## Check style and types, run the tests with branch coverage
 	$(BIN)/pytest --cov --cov-report=term
+
+faults: .venv/test ## Prove every promise under load, faults and attack, with its figure; 15 minutes
+	$(BIN)/pytest tests/faults -m 'slow or not slow' --durations=0 --durations-min=5
 
 lint: .venv/test
 	$(BIN)/ruff check
@@ -35,7 +38,7 @@ clean: ## Remove the virtual environment and all caches
 	@touch $@
 
 .venv/serve: .venv/python pyproject.toml
-	$(PIP) install --editable '.[cpu]'
+	$(PIP) install --editable '.[cpu,client]'
 	@touch $@
 
 # torch comes from a local wheel where there is one; the constraint keeps its release the same.

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import problem_response
 from app.metrics import Metrics
+from app.spans import Spans
 from app.trace import Trace, begin
 
 # Unless its route says otherwise an answer is data, no page: nothing in it may run, be framed or
@@ -40,9 +41,16 @@ logger = logging.getLogger(__name__)
 class Access:
     """ASGI middleware around all the others."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Iterable[BaseRoute]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        routes: Iterable[BaseRoute],
+        spans: Spans | None = None,
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._spans = spans
         known = [route for route in routes if isinstance(route, Route)]
         self._paths = frozenset(route.path for route in known if "{" not in route.path)
         self._templates = [route for route in known if "{" in route.path]
@@ -54,6 +62,7 @@ class Access:
             return
         headers = Headers(scope=scope)
         trace = begin(headers.get("x-request-id", ""), headers.get("traceparent", ""))
+        trace.is_traced = trace.is_traced or self._spans is not None
         status = 0
 
         async def receive_counted() -> Message:
@@ -81,7 +90,10 @@ class Access:
         finally:
             if not status:
                 trace.problem = "client-gone"
-            report(self._metrics, trace, scope["method"], self._route(scope), status or CLIENT_GONE)
+            method, route, status = scope["method"], self._route(scope), status or CLIENT_GONE
+            report(self._metrics, trace, method, route, status)
+            if self._spans is not None:
+                self._spans.export(trace, method, route, status)
 
     def _route(self, scope: Scope) -> str:
         """Return the template that the request met, or would have met but for the door."""
@@ -116,7 +128,7 @@ def report(metrics: Metrics, trace: Trace, method: str, route: str, status: int)
         fields["decode_ms"] = _milliseconds(trace.stages.decode_s)
         fields["queue_ms"] = _milliseconds(trace.stages.queue_s)
         fields["infer_ms"] = _milliseconds(trace.stages.infer_s)
-    if trace.parent is not None:
+    if trace.is_traced:
         fields["trace_id"] = trace.trace_id
         fields["span_id"] = trace.span_id
     logger.log(level, "request", extra={"fields": fields, "request_id": trace.request_id})

@@ -160,7 +160,7 @@ def _overlay(
         .crop((0, 0, *view.size))
     )
     night = Image.new("RGB", view.size, "#101418")
-    veil = Image.blend(view.convert("L").convert("RGB"), night, 0.55)
+    veil = Image.blend(view.convert("L").convert("RGB"), night, 0.65)
     buffer = io.BytesIO()
     Image.composite(view, veil, mask).save(buffer, "PNG")
     return buffer.getvalue()

@@ -29,6 +29,7 @@ from app.routes import (
 )
 from app.service import Service
 from app.settings import Settings
+from app.spans import exporter
 from app.uploads import TIMEOUT_HEADER
 
 
@@ -41,6 +42,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     keys = None if settings.api_keys_file is None else ApiKeys(settings.api_keys_file)
 
     measures = Metrics()
+    spans = exporter()
     measures.show_model(engine.card, engine.provider)
 
     @asynccontextmanager
@@ -55,6 +57,8 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         yield
         app.state.service.draining = True
         await classifier.close()
+        if spans is not None:
+            await asyncio.to_thread(spans.close)
 
     app = FastAPI(
         title="Mixer Serve",
@@ -87,12 +91,16 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
                 "X-API-Key",
                 REQUEST_ID_HEADER,
                 TIMEOUT_HEADER,
+                "traceparent",
             ],
             expose_headers=["Retry-After", REQUEST_ID_HEADER, "Server-Timing"],
         )
     # Outside of everything: refusals and bugs have an ID and a log line, too.
     app.add_middleware(
-        Access, metrics=measures, routes=[route for router in routers for route in router.routes]
+        Access,
+        metrics=measures,
+        routes=[route for router in routers for route in router.routes],
+        spans=spans,
     )
     return app
 

@@ -60,6 +60,7 @@ class Trace:
     span_id: str
     flags: int = 0
     parent: Parent | None = None
+    is_traced: bool = False  # a collector may know it: the log names its IDs
     started: float = field(default_factory=time.perf_counter)
     received_bytes: int = 0
     images: int = 0
@@ -106,6 +107,7 @@ def new_trace(request_id: str = "", traceparent: str = "") -> Trace:
         span_id=random[32:48],
         flags=parent.flags if parent else 0,
         parent=parent,
+        is_traced=parent is not None,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
@@ -132,11 +132,9 @@ async def _receive(
 ) -> None:
     """Feed the body on as it arrives, within its limits of size and time."""
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal():
-        if int(declared) > settings.max_upload_bytes:
-            raise BodyTooLarge(settings.max_upload_bytes)
-        budget.cover(int(declared))
-    size = 0
+    if declared.isdecimal() and int(declared) > settings.max_upload_bytes:
+        raise BodyTooLarge(settings.max_upload_bytes)
+    size = 0  # of what is here: a promise of bytes must not shut others out
     try:
         async with asyncio.timeout(settings.body_timeout_s):
             async for chunk in request.stream():
@@ -188,7 +186,7 @@ class _Form:
                     "on_end": self._end,
                 },
             )
-        except MultipartParseError as error:
+        except FormParserError as error:
             raise MalformedForm("The multipart boundary is not valid.") from error
 
     def feed(self, chunk: bytes) -> None:
@@ -200,7 +198,7 @@ class _Form:
         self._started = self._started or bool(chunk)
         try:
             self._parser.write(chunk)
-        except MultipartParseError as error:
+        except FormParserError as error:
             raise MalformedForm("The multipart form cannot be read.") from error
 
     def fields(self) -> dict[bytes, list[bytes]]:
