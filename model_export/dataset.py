@@ -77,7 +77,8 @@ def find(path: Path) -> Listing:
     except FileNotFoundError as error:
         raise ExportError(f"{path}: no such folder or tar") from error
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise ExportError(f"{path}: not a readable folder or tar ({error})") from error
+        reason = str(error).partition("\n")[0]
+        raise ExportError(f"{path}: not a readable folder or tar ({reason})") from error
     root = _root(files)
     splits = {name.parts[len(root)] for name in files if len(name.parts) > len(root) + 1}
     if _TRAIN in splits:

@@ -92,7 +92,10 @@ class Recipe(BaseModel):
     def _holds_together(self) -> Self:
         fixed = "variant" if self.variant else "init" if self.init else None
         if fixed and (given := self.model_fields_set & {*DIMENSIONS, "variant"} - {fixed}):
-            raise ValueError(f"{fixed} fixes the model's dimensions; leave out {min(given)}")
+            raise ValueError(
+                f"{fixed} fixes the model's dimensions, so leave out {min(given)}: token mixing "
+                "has one weight per pair of tokens, and each patch is a token"
+            )
         if fixed is None and self.image_size % self.patch:
             raise ValueError(f"image_size {self.image_size} is not a multiple of {self.patch}")
         if self.crop_shift and self.crop_area < 1:

@@ -54,7 +54,7 @@ def _adapt(options: argparse.Namespace) -> int:
     from model_export import adapt
 
     report = adapt.adapt(options.model, Path(options.data), Path(options.output), options.name)
-    sys.stdout.write(report + "\n")
+    sys.stdout.write(f"{report}\n")
     return 0
 
 

@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from app.model_card import Preprocessing
 from model_export import checkpoints
-from model_export.errors import ExportError
 from model_export.mixer import VARIANTS, Mixer, MixerBlock, MixerConfig, Mlp
 from model_export.recipe import Recipe
 
@@ -73,20 +72,6 @@ def _fine_tuned(source: str, classes: int) -> tuple[Mixer, Preprocessing]:
             layer.approximate = "none"
     model.config = MixerConfig(**{**vars(model.config), "classes": classes, "gelu": "erf"})
     return model.train(), checkpoint.preprocessing
-
-
-def check_resolution(recipe: Recipe, given: set[str]) -> None:
-    """Refuse dimensions beside a checkpoint: token mixing fixes the number of tokens.
-
-    Raises:
-        ExportError: `given` names an image or patch size.
-    """
-    for name in ("image_size", "patch"):
-        if recipe.init is not None and name in given:
-            raise ExportError(
-                f"--init {recipe.init} with {name}: token mixing has one weight per pair of "
-                "tokens, so a trained Mixer takes its own resolution and patches alone"
-            )
 
 
 class TrainingLoss(nn.Module):
