@@ -24,6 +24,7 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow converts to grey
 
 def randaugment(images: Tensor, recipe: Recipe, rng: np.random.Generator) -> Tensor:
     """Change float [batch, 3, H, H], 0 to 255, by `recipe.randaugment_layers` operations each."""
+    images = images.clone()  # what follows writes into it
     strongest = recipe.randaugment_magnitude / 10
     for _ in range(recipe.randaugment_layers):
         kinds = rng.integers(0, 1 + len(GEOMETRIC) + len(COLORS), len(images))  # 0 changes nothing

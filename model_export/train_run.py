@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
@@ -19,7 +19,7 @@ from model_export.dataset import Listing, Pictures
 from model_export.errors import ExportError
 from model_export.recipe import Recipe
 from model_export.run_folder import RunFolder
-from model_export.trainer import Measured, Trainer
+from model_export.trainer import Trainer
 
 _DRAW_SECONDS = 60  # curves take about a second to draw, short epochs less than that to train
 _SHOWN = 10  # skipped files named on the screen; all of them are in skipped.txt
@@ -84,7 +84,6 @@ def train(request: Request) -> int | None:
 def _loop(
     trainer: Trainer, folder: RunFolder, facts: dict[str, Any], about: train_report.About
 ) -> int | None:
-    measured: Measured | None = None
     drawn = time.monotonic()
 
     def save() -> None:
@@ -103,9 +102,9 @@ def _loop(
                 refresh=False,
             )
             if trainer.step % trainer.epoch_steps == 0:
-                measured = trainer.finish_epoch()
+                trainer.finish_epoch()
                 bar.set_description_str(f"epoch {trainer.epoch + 1}/{trainer.recipe.epochs}")
-                tqdm.write(_line(trainer), file=sys.stdout)
+                _say(_line(trainer), sys.stdout)
                 save()
                 if time.monotonic() - drawn > _DRAW_SECONDS:
                     train_report.draw_curves(trainer.history, folder)
@@ -113,19 +112,19 @@ def _loop(
             if caught:
                 break
         save()
-    measured = measured or trainer.measure()
+    measured = trainer.measure()  # the weights that were just kept
     train_report.write(trainer, measured, folder, about)
     if caught and trainer.step < trainer.steps:
-        tqdm.write(
+        _say(
             f"mixer-train: stopped in epoch {trainer.epoch + 1} after step {trainer.step}; "
             "all is saved, --resume goes on",
-            file=sys.stderr,
+            sys.stderr,
         )
         return caught[0]
-    tqdm.write(
+    _say(
         f"{folder.path}: accuracy {measured.accuracy:.2%} on {len(trainer.test):,} test pictures; "
         f"mixer-export convert {folder.path} -o model.onnx makes it servable",
-        file=sys.stdout,
+        sys.stdout,
     )
     return None
 
@@ -205,6 +204,12 @@ def _line(trainer: Trainer) -> str:
         f"test loss {last['test_loss']:.4f}, accuracy {last['test_accuracy']:.2%}; "
         f"{last['images_per_second']:.0f} images/s"
     )
+
+
+def _say(line: str, stream: TextIO) -> None:
+    """Write a line above the progress bar, at once: a log file shows how far a long run is."""
+    tqdm.write(line, file=stream)
+    stream.flush()
 
 
 def _bar(trainer: Trainer) -> "tqdm[Any]":

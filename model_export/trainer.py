@@ -107,7 +107,7 @@ class Trainer:
         self.running.correct += float((logits.argmax(dim=1) == labels).sum())
         self.running.seconds += time.perf_counter() - start
 
-    def finish_epoch(self) -> Measured:
+    def finish_epoch(self) -> None:
         """Measure the averaged weights and append the epoch to the history."""
         measured = self.measure()
         running = self.running
@@ -124,7 +124,6 @@ class Trainer:
             }
         )
         self.running = Running()
-        return measured
 
     def learning_rate(self) -> float:
         """Return this step's: a linear warm-up, then a cosine or a line down to the lowest."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model_export import cli, trainer
+from model_export import cli, dataset, trainer
 from model_export.evaluate import evaluate
 from model_export.train import main
 
@@ -120,44 +120,63 @@ def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
-)
-def test_stopped_run_resumes_exactly(
-    number: signal.Signals, code: int, whole: Path, images: Path, tmp_path: Path
-) -> None:
-    """A run that is stopped and resumed ends with the weights of one that never stopped."""
-    stopped = tmp_path / "stopped"
-    command = [sys.executable, "-m", "model_export.train", str(images), "-o", str(stopped), *LONG]
+def test_killed_run_resumes_exactly(whole: Path, images: Path, tmp_path: Path) -> None:
+    """A run that is killed (SIGKILL) and resumed ends with the weights of an unharmed one."""
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "model_export.train", str(images), "-o", str(killed), *LONG]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     give_up = time.monotonic() + TIMEOUT_S
-    while not (stopped / "state.pt").is_file() and time.monotonic() < give_up:
+    while not (killed / "state.pt").is_file() and time.monotonic() < give_up:
         time.sleep(0.005)
-    process.send_signal(number)
-    assert process.wait(TIMEOUT_S) == code
-    assert 0 < len(metrics(stopped)) < 16
-    assert main([str(images), "-o", str(stopped), *LONG, "--resume"]) == 0
+    process.kill()
+    assert process.wait(TIMEOUT_S) == -signal.SIGKILL
+    assert 0 < len(metrics(killed)) < 16
+    assert main([str(images), "-o", str(killed), *LONG, "--resume"]) == 0
+    weights = "model.safetensors"
+    assert (killed / weights).read_bytes() == (whole / weights).read_bytes()
+    assert metrics(killed) == metrics(whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_finishes_the_step_and_saves(
+    number: signal.Signals,
+    code: int,
+    whole: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A signal in the middle of an epoch ends the run after its step, and nothing is lost."""
+    take_step = trainer.Trainer.take_step
+
+    def interrupted(self: trainer.Trainer) -> None:
+        if self.step == 4:  # in the middle of the second epoch of 3 steps
+            signal.raise_signal(number)
+        take_step(self)
+
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "take_step", interrupted)
+        assert main([str(images), "-o", str(stopped), *LONG]) == code
+    state = torch.load(stopped / "state.pt", weights_only=True)
+    assert state["trainer"]["step"] == 5
+    assert state["trainer"]["running"]["images"] == 32
+    assert main([str(images), "-o", str(stopped), "--resume", *LONG]) == 0
     weights = "model.safetensors"
     assert (stopped / weights).read_bytes() == (whole / weights).read_bytes()
     assert metrics(stopped) == metrics(whole)
 
 
-def test_stop_in_an_epoch_keeps_its_steps(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_large_data_lies_in_a_file(
+    run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGINT finishes the step in progress and saves it, so that resuming starts with the next."""
-    take_step = trainer.Trainer.take_step
-
-    def interrupted(self: trainer.Trainer) -> None:
-        if self.step == 4:  # in the middle of the second epoch of 3 steps
-            signal.raise_signal(signal.SIGINT)
-        take_step(self)
-
-    monkeypatch.setattr(trainer.Trainer, "take_step", interrupted)
-    assert main([str(images), "-o", str(tmp_path / "run"), *QUICK]) == 130
-    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    assert state["trainer"]["step"] == 5
-    assert state["trainer"]["running"]["images"] == 32
+    """Pictures beyond the limit on memory lie on disk, teach the same, and leave nothing there."""
+    monkeypatch.setattr(dataset, "MEMORY_BYTES", 0)
+    output = tmp_path / "run"
+    assert main([str(images), "-o", str(output), *QUICK, *MILD]) == 0
+    weights = "model.safetensors"
+    assert (output / weights).read_bytes() == (run / weights).read_bytes()
+    assert {path.name for path in output.iterdir()} == {path.name for path in run.iterdir()}
 
 
 @pytest.mark.parametrize("suffix", ["tar", "xz", "gz"])
