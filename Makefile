@@ -6,7 +6,7 @@ SHARED ?= ../shared
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help serve test lint accuracy clean
+.PHONY: help serve test faults lint accuracy clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -16,6 +16,9 @@ serve: .venv/serve ## Serve the embedded model on http://HOST:PORT
 
 test: .venv/test lint ## Check style and types, run the tests with branch coverage
 	$(BIN)/pytest --cov --cov-report=term
+
+faults: .venv/test ## Prove every promise under load, faults and attack, with its figure; 15 minutes
+	$(BIN)/pytest tests/faults -m 'slow or not slow' --durations=0 --durations-min=5
 
 lint: .venv/test
 	$(BIN)/ruff check
@@ -35,10 +38,30 @@ clean: ## Remove the virtual environment and all caches
 	@touch $@
 
 .venv/serve: .venv/python pyproject.toml
-	$(PIP) install --editable '.[cpu]'
+	$(PIP) install --editable '.[cpu,client]'
 	@touch $@
 
 # torch comes from a local wheel where there is one; the constraint keeps its release the same.
 .venv/test: .venv/python pyproject.toml constraints.txt
 	$(PIP) install --editable '.[cpu,export,dev]' --constraint constraints.txt
 	@touch $@ .venv/serve
+
+# What the images install, with hashes, for every Python and machine that the project allows.
+UV_COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' $(LOCK_FLAGS)
+# Which images image-test builds: the gpu one holds 2.7 GB and takes 5 minutes.
+IMAGES ?= cpu gpu
+
+.PHONY: lock image-test fleet-test
+
+lock: .venv/python ## Renew docker/*.lock from pyproject.toml (LOCK_FLAGS=--upgrade for newer releases)
+	$(PIP) install --quiet 'uv>=0.9'
+	$(UV_COMPILE) pyproject.toml --extra cpu --output-file docker/cpu.lock
+	$(UV_COMPILE) pyproject.toml --extra gpu --output-file docker/gpu.lock
+	printf 'hatchling\npip\n' | $(UV_COMPILE) - --output-file docker/build.lock
+
+image-test: .venv/test ## Build the images on a fresh Debian and run them (root, buildah, debootstrap)
+	IMAGE_TEST="$(IMAGES)" $(BIN)/pytest -s tests/docker/test_image.py
+
+fleet-test: .venv/test ## Three replicas behind nginx and haproxy: restart, kill, stop, overload them
+	FLEET_TEST=1 $(BIN)/pytest -s tests/fleet

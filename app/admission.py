@@ -32,7 +32,7 @@ class Admission:
             QueueFull: too many requests, or their images would wait longer than the budget.
         """
         if self.requests >= self._settings.max_requests:
-            raise self._full("Too many requests are in flight.")
+            raise self._full("Too many requests are in flight.", "requests")
         self._check_budget()
         self.requests += 1
         try:
@@ -50,8 +50,8 @@ class Admission:
             self.body_bytes -= budget.taken
 
     @contextmanager
-    def queue(self, images: int, deadline: float) -> Iterator[None]:
-        """Hold places in the queue until `images` are answered.
+    def queue(self, images: int, deadline: float) -> Iterator[float]:
+        """Hold places in the queue until `images` are answered; yield the seconds predicted.
 
         `deadline` is in seconds of `time.monotonic()`.
 
@@ -64,7 +64,7 @@ class Admission:
         if images > limit:
             raise TooManyImages(f"The request holds {images} images; at most {limit} are taken.")
         if self.images + images > limit:
-            raise self._full("The queue is full.")
+            raise self._full("The queue is full.", "queue-size")
         self._check_budget()
         left_s = deadline - time.monotonic()
         service_s = self._latency.service_s(images)
@@ -72,11 +72,12 @@ class Admission:
             raise DeadlineExceeded(
                 f"The request takes about {service_s * 1000:.0f} ms and has {left_s * 1000:.0f} ms."
             )
-        if self._latency.wait_s(self.images) + service_s > left_s:
-            raise self._full("The queue is too long for the request's deadline.")
+        predicted_s = self._latency.wait_s(self.images) + service_s
+        if predicted_s > left_s:
+            raise self._full("The queue is too long for the request's deadline.", "deadline")
         self.images += images
         try:
-            yield
+            yield predicted_s
         finally:
             self.images -= images
 
@@ -87,16 +88,16 @@ class Admission:
             QueueFull: all bodies together would be over the limit.
         """
         if self.body_bytes + count > self._settings.max_bytes_in_flight:
-            raise self._full("Too many bytes are in flight.")
+            raise self._full("Too many bytes are in flight.", "bytes")
         self.body_bytes += count
 
     def _check_budget(self) -> None:
         if self._latency.wait_s(self.images) * 1000 > self._settings.queue_budget_ms:
-            raise self._full("The queue is too long.")
+            raise self._full("The queue is too long.", "queue-budget")
 
-    def _full(self, detail: str) -> QueueFull:
+    def _full(self, detail: str, reason: str) -> QueueFull:
         """Refuse, saying when the present queue will have been worked off."""
-        return QueueFull(detail, max(1, math.ceil(self._latency.wait_s(self.images))))
+        return QueueFull(detail, max(1, math.ceil(self._latency.wait_s(self.images))), reason)
 
 
 class BodyBudget:

@@ -11,15 +11,18 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from app.engine import Engine
-from app.errors import InferenceFailed
+from app.errors import DeadlineExceeded, InferenceFailed, Problem
 from app.images import Picture
 from app.latency import LatencyTable
+from app.metrics import Metrics
+from app.trace import Stages
 
 logger = logging.getLogger(__name__)
 
@@ -28,33 +31,71 @@ logger = logging.getLogger(__name__)
 FAILURES_UNTIL_NOT_READY = 3
 FAILURES_UNTIL_NOT_LIVE = 6
 PROBE_PERIOD_S = 1.0
+# A request that comes while spare work runs waits for it: no longer than a person could notice.
+SPARE_BATCH_S = 0.02
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One image on its way through the queue."""
+    """One image on its way through the queue.
 
-    future: asyncio.Future[NDArray[np.float32]]  # logits [classes]
+    An error is a result, too: one that nobody came to read would else be reported as a fault.
+    """
+
+    upload: bytes  # released with the request: what waits for a thread must not outlive its count
+    future: asyncio.Future[NDArray[np.float32] | Exception]  # logits [classes]
     picture: Picture = field(init=False)  # set by the decode thread
+    request_id: str = ""
+    is_spare: bool = False  # runs only while nothing else waits
+    # Seconds of time.perf_counter(), each set where it happens.
+    received: float = field(default_factory=time.perf_counter)
+    decoding: float = 0.0
+    decoded: float = 0.0
+    inferring: float = 0.0
+    inferred: float = 0.0
 
     def is_alive(self) -> bool:
         """Return whether anybody still waits: the client is there and its time not run out."""
         return not self.future.cancelled()
 
+    def outcome(self) -> str:
+        """Return what became of it, once it is settled: `ok`, or the kind of its problem."""
+        if self.future.cancelled():
+            return DeadlineExceeded("").kind
+        result = self.future.result()
+        if isinstance(result, Exception):
+            return result.kind if isinstance(result, Problem) else "bug"
+        return "ok"
+
+    def stages(self) -> Stages | None:
+        """Return the times of an entry that has been through the engine."""
+        if not self.inferred:
+            return None
+        return Stages(self.received, self.decoding, self.decoded, self.inferring, self.inferred)
+
     def fail(self, error: Exception) -> None:
         """Answer with `error`; on the event loop only."""
         if not self.future.done():
-            self.future.set_exception(error)
+            self.future.set_result(error)
+
+    def release(self) -> None:
+        """Stop waiting: whoever still has the entry in hand drops it."""
+        self.upload = b""
+        self.future.cancel()
 
 
 class Batcher:
     """Owns the engine and its queue; `put` from any thread, await `Entry.future` on the loop."""
 
-    def __init__(self, engine: Engine, max_batch: int, latency: LatencyTable) -> None:
+    def __init__(
+        self, engine: Engine, max_batch: int, latency: LatencyTable, metrics: Metrics
+    ) -> None:
         self.failures = 0  # of the engine, in a row
         self._engine = engine
         self._max_batch = max_batch
         self._latency = latency
+        self._metrics = metrics
+        self._spare: deque[Entry] = deque()
         self._queue: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._serve, name="mixer-engine", daemon=True)
@@ -72,26 +113,42 @@ class Batcher:
     def _serve(self) -> None:
         while (batch := self._gather()) is not None:
             if batch:
-                logits = self._infer(np.stack([entry.picture.patches for entry in batch]))
+                forming = time.perf_counter()
+                patches = np.stack([entry.picture.patches for entry in batch])
+                inferring = time.perf_counter()
+                logits = self._infer(patches)
+                inferred = time.perf_counter()
+                self._metrics.finish_batch(len(batch), inferring - forming, inferred - inferring)
+                for entry in batch:
+                    entry.inferring, entry.inferred = inferring, inferred
+                if logits is None:
+                    ids = ", ".join(entry.request_id for entry in batch)
+                    logger.error("the requests of the batch that failed: %s", ids)
                 self._loop.call_soon_threadsafe(_settle, batch, logits)
 
     def _gather(self) -> list[Entry] | None:
         """Wait for one entry, take along what has come meanwhile; None when closed."""
         batch: list[Entry] = []
-        entry = self._wait()
-        while entry is not None:
-            if entry.is_alive():
-                batch.append(entry)
-            if len(batch) == self._max_batch:
-                return batch
-            try:
+        try:
+            entry = self._queue.get_nowait() if self._spare else self._wait()
+            while entry is not None:
+                if entry.is_alive():
+                    (self._spare if entry.is_spare else batch).append(entry)
+                if len(batch) == self._max_batch:
+                    return batch
                 entry = self._queue.get_nowait()
-            except queue.Empty:
-                return batch
+        except queue.Empty:
+            return batch or self._spare_batch()
         if batch:
             self._queue.put(None)  # closed: run this last batch, then meet the mark again
             return batch
         return None
+
+    def _spare_batch(self) -> list[Entry]:
+        """Return spare work for one short inference, nothing else being there to do."""
+        size = self._latency.images_within(SPARE_BATCH_S)
+        entries = [self._spare.popleft() for _ in range(min(size, len(self._spare)))]
+        return [entry for entry in entries if entry.is_alive()]
 
     def _wait(self) -> Entry | None:
         """Wait for an entry; meanwhile probe an engine that has failed too often to get any."""

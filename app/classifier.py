@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,11 @@ from app.engine import Engine
 from app.errors import DeadlineExceeded, Problem
 from app.images import Picture, decode
 from app.latency import LatencyTable
+from app.metrics import Metrics
 from app.settings import Settings
+from app.trace import current
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +35,22 @@ class Classifier:
     """Takes uploads from the event loop through decode threads and batcher, and back."""
 
     def __init__(
-        self, engine: Engine, settings: Settings, latency: LatencyTable, admission: Admission
+        self,
+        engine: Engine,
+        settings: Settings,
+        latency: LatencyTable,
+        admission: Admission,
+        metrics: Metrics,
     ) -> None:
         self.card = engine.card
         self.provider = engine.provider
         self._max_pixels = settings.max_pixels
         self._latency = latency
         self._admission = admission
+        self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._decoders = ThreadPoolExecutor(settings.decode_threads, "mixer-decode")
-        self._batcher = Batcher(engine, settings.max_batch, latency)
+        self._batcher = Batcher(engine, settings.max_batch, latency, metrics)
 
     @property
     def is_ready(self) -> bool:
@@ -61,10 +72,15 @@ class Classifier:
         Raises:
             TooManyImages, QueueFull, DeadlineExceeded: refused at the door, see Admission.queue.
         """
-        with self._admission.queue(len(uploads), deadline):
-            entries = [Entry(self._loop.create_future()) for _ in uploads]
-            for entry, data in zip(entries, uploads, strict=True):
-                self._decoders.submit(self._decode, entry, data)
+        trace = current()
+        request_id = trace.request_id if trace else ""
+        with self._admission.queue(len(uploads), deadline) as predicted_s:
+            entries = [
+                Entry(upload, self._loop.create_future(), request_id=request_id)
+                for upload in uploads
+            ]
+            for entry in entries:
+                self._decoders.submit(self._decode, entry)
             try:
                 await asyncio.wait(
                     [entry.future for entry in entries], timeout=deadline - time.monotonic()
@@ -72,36 +88,87 @@ class Classifier:
             finally:
                 # Time is up, or the client has gone: what is left never reaches the engine.
                 for entry in entries:
-                    entry.future.cancel()
+                    entry.release()
+        self._report(entries, predicted_s)
         return [_result(entry) for entry in entries]
+
+    async def infer_spare(
+        self, pictures: Sequence[Picture], deadline: float
+    ) -> list[NDArray[np.float32]]:
+        """Return the logits [classes] of each picture, inferred while nothing else waits.
+
+        Raises:
+            DeadlineExceeded: the engine had no spare time before `deadline`.
+            InferenceFailed: the engine failed.
+        """
+        entries = [Entry(b"", self._loop.create_future(), is_spare=True) for _ in pictures]
+        for entry, picture in zip(entries, pictures, strict=True):
+            entry.picture = picture
+            self._batcher.put(entry)
+        futures = [entry.future for entry in entries]
+        try:
+            await asyncio.wait(futures, timeout=deadline - time.monotonic())
+        finally:
+            for future in futures:
+                future.cancel()
+        if any(future.cancelled() for future in futures):
+            raise DeadlineExceeded("The service had no time to spare for an explanation.")
+        results = [future.result() for future in futures]
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return [result for result in results if not isinstance(result, Exception)]
+
+    async def in_decoder(self, work: Callable[[], Answer]) -> Answer:
+        """Run `work` on pixels in a decode thread."""
+        return await self._loop.run_in_executor(self._decoders, work)
 
     async def close(self) -> None:
         """Answer what was admitted, then end the threads."""
         await asyncio.to_thread(self._decoders.shutdown)
         await asyncio.to_thread(self._batcher.close)
 
-    def _decode(self, entry: Entry, data: bytes) -> None:
+    def _decode(self, entry: Entry) -> None:
         """Decode and queue one upload; runs in a decode thread."""
+        upload = entry.upload
         if not entry.is_alive():
             return
-        start = time.perf_counter()
+        entry.decoding = time.perf_counter()
         try:
-            entry.picture = decode(data, self.card.preprocessing, self._max_pixels)
+            entry.picture = decode(upload, self.card.preprocessing, self._max_pixels)
+        except Problem as problem:
+            # Its traceback would hold the upload, in a cycle, until the garbage collector comes.
+            problem.__traceback__ = problem.__cause__ = problem.__context__ = None
+            self._loop.call_soon_threadsafe(entry.fail, problem)
         except Exception as error:
-            # Every error has a request that waits for it: a Problem becomes its answer, anything
-            # else is a bug that the request answers with 500.
+            # Every error has a request that waits for it: this one is a bug, and a 500.
             self._loop.call_soon_threadsafe(entry.fail, error)
         else:
+            entry.decoded = time.perf_counter()
             self._batcher.put(entry)
-        self._latency.observe_decode(time.perf_counter() - start)
+        self._latency.observe_decode(time.perf_counter() - entry.decoding)
+
+    def _report(self, entries: Sequence[Entry], predicted_s: float) -> None:
+        """Give the metrics each image's outcome and times, the trace those of the slowest."""
+        slowest = None
+        for entry in entries:
+            stages = entry.stages()
+            self._metrics.finish_image(stages, entry.outcome())
+            if stages is not None and (slowest is None or stages.inferred > slowest.inferred):
+                slowest = stages
+        if slowest is not None:
+            self._metrics.compare(predicted_s, time.perf_counter() - slowest.received)
+        trace = current()
+        if trace is not None:
+            trace.images, trace.stages = len(entries), slowest
 
 
 def _result(entry: Entry) -> Classified | Problem:
     if entry.future.cancelled():
         return DeadlineExceeded("The request's time ran out before its image was classified.")
-    error = entry.future.exception()
-    if error is None:
-        return Classified(entry.picture, entry.future.result())
-    if isinstance(error, Problem):
-        return error
-    raise error
+    result = entry.future.result()
+    if isinstance(result, Problem):
+        return result
+    if isinstance(result, Exception):
+        raise result
+    return Classified(entry.picture, result)

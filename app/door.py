@@ -1,26 +1,23 @@
-"""The first thing a request meets: who may come in, how many at once, what every answer carries.
+"""The first thing a request meets: who may come in, how many at once.
 
 Pure ASGI, since Starlette's BaseHTTPMiddleware hides a client's disconnect; and before the routing,
 so that under overload a refusal costs as little as it can.
 """
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+import asyncio
 
-from app.errors import Problem, Unauthorized, problem_response
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.errors import NotReady, Problem, Unauthorized
 from app.keys import ApiKeys
+from app.routes.problems import answer_to
 from app.service import Service
 
-# Orchestrators and balancers probe without a key.
-OPEN_PATHS = frozenset({"/livez", "/readyz"})
-# The answers are data, never a page: nothing in them may run, be framed or be sniffed.
-SECURITY_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-    "Cache-Control": "no-store",
-}
+# Orchestrators, balancers and Prometheus come without a key; what they see tells of no image.
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
+# What a browser loads before it can send a key; it is the same for everybody.
+PAGES = frozenset({"/", "/docs", "/redoc", "/openapi.json"})
 
 
 class Door:
@@ -37,28 +34,28 @@ class Door:
             return
         service: Service = scope["app"].state.service
 
-        async def send_dressed(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in SECURITY_HEADERS.items():
-                    headers.setdefault(name, value)
-                if service.draining:
-                    headers["Connection"] = "close"  # the client's next request goes elsewhere
-            await send(message)
-
         try:
-            if scope["path"] in OPEN_PATHS:
-                await self._app(scope, receive, send_dressed)
+            if scope["path"] in OPEN_PATHS or _is_page(scope):
+                await self._app(scope, receive, send)
                 return
             if self._keys is not None and not self._keys.allow(Headers(scope=scope)):
                 raise Unauthorized
             if scope["method"] != "POST":
-                await self._app(scope, receive, send_dressed)
+                await self._app(scope, receive, send)
                 return
             with service.admission.request():
-                await self._app(scope, receive, send_dressed)
+                await self._app(scope, receive, send)
         except Problem as problem:
-            answer = problem_response(
-                problem.status, problem.detail, problem.title, problem.headers
-            )
-            await answer(scope, receive, send_dressed)
+            await answer_to(scope, problem)(scope, receive, send)
+        except asyncio.CancelledError:
+            if not service.draining:
+                raise
+            # Cancelled by the server, since the grace time is over.
+            stopped = NotReady("This replica had to stop before the request was done.")
+            await answer_to(scope, stopped)(scope, receive, send)
+
+
+def _is_page(scope: Scope) -> bool:
+    """Return whether a browser asks for a page, which asks for the key in turn."""
+    path: str = scope["path"]
+    return scope["method"] in ("GET", "HEAD") and (path in PAGES or path.startswith("/static/"))

@@ -4,7 +4,9 @@
     Problem                               answers a request as RFC 9457 problem+json
     ├── EmptyBody                 400     no image in the request
     ├── MalformedForm             400     multipart that cannot be read, or without the field
+    ├── MalformedJson             400     a JSON body that is none
     ├── Unauthorized              401     no API key, or none that is known
+    ├── NoSuchModel               404     another model than the one that is served
     ├── BodyTimeout               408     the body took longer than MIXER_BODY_TIMEOUT_S
     ├── TooLarge                  413
     │   ├── BodyTooLarge                  more bytes than MIXER_MAX_UPLOAD_BYTES
@@ -37,11 +39,17 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's own word
 
     status: ClassVar[int]
     title: ClassVar[str]
+    reason: str | None = None  # for the metrics, where the kind alone would not tell why
 
     def __init__(self, detail: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(detail)
         self.detail = detail
         self.headers = dict(headers or {})
+
+    @property
+    def kind(self) -> str:
+        """The last part of the problem's type, stable for clients and dashboards."""
+        return kind_of(self.title)
 
     def body(self) -> dict[str, Any]:
         """Return the problem object of RFC 9457, section 3."""
@@ -62,6 +70,13 @@ class MalformedForm(Problem):
     title = "Malformed form"
 
 
+class MalformedJson(Problem):
+    """The body says it is JSON, and is not."""
+
+    status = 400
+    title = "Malformed JSON"
+
+
 class Unauthorized(Problem):
     """The request carries no API key that is known (RFC 9110, section 11.6.1)."""
 
@@ -73,6 +88,13 @@ class Unauthorized(Problem):
             "Send an API key as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'.",
             headers={"WWW-Authenticate": "Bearer"},
         )
+
+
+class NoSuchModel(Problem):
+    """The client names another model, or another version, than the one that is served."""
+
+    status = 404
+    title = "No such model"
 
 
 class BodyTimeout(Problem):
@@ -144,8 +166,9 @@ class QueueFull(Problem):
     status = 429
     title = "Queue full"
 
-    def __init__(self, detail: str, retry_after_s: int) -> None:
+    def __init__(self, detail: str, retry_after_s: int, reason: str) -> None:
         super().__init__(detail, headers={"Retry-After": str(retry_after_s)})
+        self.reason = reason
 
 
 class InferenceFailed(Problem):
@@ -169,11 +192,15 @@ class DeadlineExceeded(Problem):
     title = "Deadline exceeded"
 
 
+def kind_of(title: str) -> str:
+    """Return a title as the last part of a problem's type."""
+    return title.lower().replace(" ", "-")
+
+
 def problem_body(status: int, title: str, detail: str) -> dict[str, Any]:
     """Return an RFC 9457 problem object; the type is stable for clients to switch on."""
-    kind = title.lower().replace(" ", "-")
     return {
-        "type": f"urn:problem-type:mixer-serve:{kind}",
+        "type": f"urn:problem-type:mixer-serve:{kind_of(title)}",
         "title": title,
         "status": status,
         "detail": detail,
@@ -181,11 +208,18 @@ def problem_body(status: int, title: str, detail: str) -> dict[str, Any]:
 
 
 def problem_response(
-    status: int, detail: str, title: str | None = None, headers: Mapping[str, str] | None = None
+    status: int,
+    detail: str,
+    title: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    extra: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    """Return the `application/problem+json` answer; the title defaults to the status phrase."""
+    """Return the `application/problem+json` answer; the title defaults to the status phrase.
+
+    `extra` are members besides RFC 9457's own.
+    """
     return JSONResponse(
-        problem_body(status, title or HTTPStatus(status).phrase, detail),
+        {**problem_body(status, title or HTTPStatus(status).phrase, detail), **(extra or {})},
         status_code=status,
         headers=dict(headers or {}),
         media_type="application/problem+json",

@@ -4,14 +4,20 @@ A Mixer's cost is a function of the batch size alone, so a table of seconds per 
 current, predicts the wait of every arrival.
 """
 
+import io
 import time
 
 import numpy as np
+from PIL import Image
 
 from app.engine import Engine
+from app.images import decode
 
 # Weight of the newest measurement: about ten batches after a change the table has followed it.
 FRESHNESS = 0.2
+# A measurement counts as at most this many times what was expected: one hostile image that takes
+# seconds to decode must not have everyone after it refused.
+SURPRISE = 4.0
 
 
 class LatencyTable:
@@ -30,8 +36,7 @@ class LatencyTable:
 
     def observe_batch(self, images: int, seconds: float) -> None:
         """Take in the duration of one inference."""
-        known = self._measured.get(images, seconds)
-        self._measured[images] = known + FRESHNESS * (seconds - known)
+        self._measured[images] = _follow(self._measured.get(images, seconds), seconds)
         sizes = sorted(self._measured)
         self._seconds = np.interp(
             range(self._max_batch + 1), [0, *sizes], [0.0, *(self._measured[s] for s in sizes)]
@@ -39,31 +44,46 @@ class LatencyTable:
 
     def observe_decode(self, seconds: float) -> None:
         """Take in the duration of one decode."""
-        known = self._decode_s or seconds
-        self._decode_s = known + FRESHNESS * (seconds - known)
+        self._decode_s = _follow(self._decode_s or seconds, seconds)
 
     def service_s(self, images: int) -> float:
         """Return the seconds that `images` take on an idle service."""
-        return self._decode_s * (1 + images / self._decode_threads) + self._inference_s(images)
+        return self._decode_s * (1 + images / self._decode_threads) + self.inference_s(images)
 
     def wait_s(self, pending: int) -> float:
         """Return the seconds until `pending` images, all admitted before, are answered.
 
         Decoding and inference go on side by side, so the slower of the two sets the pace.
         """
-        return max(self._decode_s * pending / self._decode_threads, self._inference_s(pending))
+        return max(self._decode_s * pending / self._decode_threads, self.inference_s(pending))
 
-    def _inference_s(self, images: int) -> float:
+    def images_within(self, seconds: float) -> int:
+        """Return how many images one inference of at most `seconds` holds; at least one."""
+        sizes = range(self._max_batch, 1, -1)
+        return next((size for size in sizes if self._seconds[size] <= seconds), 1)
+
+    def inference_s(self, images: int) -> float:
+        """Return the seconds that `images` take in the engine alone, in full batches."""
         full, rest = divmod(images, self._max_batch)
         return full * self._seconds[self._max_batch] + self._seconds[rest]
 
 
-def warm_up(engine: Engine, max_batch: int, latency: LatencyTable) -> None:
-    """Run every doubling of the batch size, so that no request pays for a first time.
+def _follow(known: float, seconds: float) -> float:
+    return known + FRESHNESS * (min(seconds, SURPRISE * known) - known)
 
-    The first run of a size allocates, the second is measured.
+
+def warm_up(engine: Engine, max_batch: int, latency: LatencyTable) -> None:
+    """Decode an image and run every doubling of the batch size: no request pays for a first time.
+
+    The first decode loads the decoders, the first run of a size allocates; the second is measured.
     """
     preprocessing = engine.card.preprocessing
+    sample = io.BytesIO()
+    Image.new("RGB", (512, 512)).save(sample, "JPEG")
+    for _ in range(2):
+        start = time.perf_counter()
+        decode(sample.getvalue(), preprocessing, 512 * 512)
+    latency.observe_decode(time.perf_counter() - start)
     size = 1
     while size < 2 * max_batch:
         images = min(size, max_batch)

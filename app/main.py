@@ -7,15 +7,29 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from app.access import REQUEST_ID_HEADER, Access
 from app.admission import Admission
 from app.classifier import Classifier
 from app.door import Door
 from app.engine import Engine
+from app.explain import Explainer
 from app.keys import ApiKeys
 from app.latency import LatencyTable, warm_up
-from app.routes import classify, health, model, problems
+from app.metrics import Metrics
+from app.routes import (
+    classify,
+    explain,
+    health,
+    hugging_face,
+    inference_protocol,
+    metrics,
+    model,
+    pages,
+    problems,
+)
 from app.service import Service
 from app.settings import Settings
+from app.spans import exporter
 from app.uploads import TIMEOUT_HEADER
 
 
@@ -27,25 +41,42 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     """
     keys = None if settings.api_keys_file is None else ApiKeys(settings.api_keys_file)
 
+    measures = Metrics()
+    spans = exporter()
+    measures.show_model(engine.card, engine.provider)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         latency = LatencyTable(settings.max_batch, settings.decode_threads)
         await asyncio.to_thread(warm_up, engine, settings.max_batch, latency)
         admission = Admission(settings, latency)
-        classifier = Classifier(engine, settings, latency, admission)
-        app.state.service = Service(settings, admission, classifier)
+        classifier = Classifier(engine, settings, latency, admission, measures)
+        app.state.service = Service(
+            settings, admission, classifier, Explainer(classifier, settings, latency)
+        )
         yield
         app.state.service.draining = True
         await classifier.close()
+        if spans is not None:
+            await asyncio.to_thread(spans.close)
 
     app = FastAPI(
         title="Mixer Serve",
         summary="Classifies images with a trained MLP-Mixer.",
         version="0.1.0",
         lifespan=lifespan,
+        docs_url=None,  # pages.py serves both, without a foreign host
+        redoc_url=None,
     )
-    for routes in (classify, health, model):
-        app.include_router(routes.router)
+    app.state.metrics = measures
+    _show_states(measures, app)
+    modules = (
+        *(classify, explain, hugging_face, inference_protocol),
+        *(health, metrics, model, pages),
+    )
+    routers = [module.router for module in modules]
+    for router in routers:
+        app.include_router(router)
     problems.answer_errors(app)
     app.add_middleware(Door, keys=keys)
     if settings.cors_origins:
@@ -54,7 +85,37 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
             CORSMiddleware,
             allow_origins=[origin.strip() for origin in settings.cors_origins.split(",")],
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-API-Key", TIMEOUT_HEADER],
-            expose_headers=["Retry-After"],
+            allow_headers=[
+                "Authorization",
+                "Content-Type",
+                "X-API-Key",
+                REQUEST_ID_HEADER,
+                TIMEOUT_HEADER,
+                "traceparent",
+            ],
+            expose_headers=["Retry-After", REQUEST_ID_HEADER, "Server-Timing"],
         )
+    # Outside of everything: refusals and bugs have an ID and a log line, too.
+    app.add_middleware(
+        Access,
+        metrics=measures,
+        routes=[route for router in routers for route in router.routes],
+        spans=spans,
+    )
     return app
+
+
+def _show_states(metrics: Metrics, app: FastAPI) -> None:
+    """Let each scrape read what is in flight."""
+
+    def service() -> Service:
+        found: Service = app.state.service
+        return found
+
+    for name, text, read in (
+        ("requests_in_flight", "Requests being served", lambda: service().admission.requests),
+        ("body_bytes_in_flight", "Bytes of bodies held", lambda: service().admission.body_bytes),
+        ("queue_depth", "Images admitted, not yet answered", lambda: service().admission.images),
+        ("ready", "1 while a balancer may send requests", lambda: service().is_ready),
+    ):
+        metrics.show_state(name, text, read)

@@ -79,6 +79,23 @@ class BatchClassification(BaseModel):
     results: list[Classified | Failed] = Field(description="one per image, in the order sent")
 
 
+class Explained(BaseModel):
+    """Answer of `POST /explain`."""
+
+    model: ModelName
+    prediction: Prediction = Field(description="the label that is explained")
+    cell_pixels: int = Field(
+        description="side of one cell in pixels of the model's square view; the last row and "
+        "column may be cut",
+        examples=[4],
+    )
+    importance: list[list[float]] = Field(
+        description="rows from the top; how much log-probability (in nats) the label loses when "
+        "the cell is hidden: negative where the cell speaks against it",
+        examples=[[[0.02, 0.41], [-0.01, 1.3]]],
+    )
+
+
 class ModelInfo(ModelCard):
     """Answer of `GET /model`: the model card, and where the model really runs."""
 

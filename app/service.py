@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from app.admission import Admission
 from app.classifier import Classifier
+from app.explain import Explainer
 from app.settings import Settings
 
 
@@ -14,4 +15,10 @@ class Service:
     settings: Settings
     admission: Admission
     classifier: Classifier
+    explainer: Explainer
     draining: bool = False  # told to stop: still serving, but no longer ready
+
+    @property
+    def is_ready(self) -> bool:
+        """Return whether a balancer may send requests."""
+        return not self.draining and self.classifier.is_ready

@@ -15,8 +15,10 @@ from pydantic.fields import FieldInfo
 
 from app.cpus import available_cpus
 from app.errors import StartupError
+from app.logs import LogFormat
 
 PREFIX = "MIXER_"
+_ORIGIN = r"(\*|https?://[^\s/,]+)"
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "mixer-cifar10.onnx"
 
 
@@ -60,11 +62,11 @@ class Settings(BaseModel):
         "also the most images in one request",
     )
     queue_budget_ms: int = Field(
-        default=2000,
+        default=1000,
         ge=1,
         le=3_600_000,
         description="longest predicted wait; what would wait longer is refused with 429, since a "
-        "client that waits two seconds is better off at another replica",
+        "client that waits a second is better off at another replica",
     )
     request_timeout_ms: int = Field(
         default=10_000,
@@ -101,7 +103,7 @@ class Settings(BaseModel):
         default=50_000_000,
         ge=1,
         le=2**31,
-        description="pixels of one image, by its header: up to 9 bytes each while it is decoded",
+        description="pixels of one image, by its header: up to 20 bytes each while it is decoded",
     )
     header_timeout_s: float = Field(
         default=10, gt=0, ge=0.1, le=3600, description="time for a request's headers, then 408"
@@ -130,10 +132,15 @@ class Settings(BaseModel):
     )
     cors_origins: str = Field(
         default="",
+        pattern=rf"^$|^{_ORIGIN}(\s*,\s*{_ORIGIN})*$",
+        json_schema_extra={"allowed": "origins such as https://shop.example, comma-separated"},
         description="origins whose pages may call the service, comma-separated; none by default",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="least severity that is logged"
+        default="info", description="least severity that is logged; requests are info"
+    )
+    log_format: LogFormat = Field(
+        default="auto", description="auto is text on a terminal, else one JSON object a line"
     )
 
 
@@ -156,11 +163,18 @@ def read_settings(
     for name, value in vars(_parser().parse_args(arguments)).items():
         values[name], shown[name] = value, f"{_flag(name)} {value}"
     try:
-        return Settings.model_validate(values)
+        settings = Settings.model_validate(values)
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
         allowed = _allowed(Settings.model_fields[name])
         raise StartupError(f"{shown[name]}: it must be {allowed}") from error
+    if settings.max_upload_bytes > settings.max_bytes_in_flight:
+        raise StartupError(
+            f"{PREFIX}MAX_UPLOAD_BYTES={settings.max_upload_bytes}: it must be at most "
+            f"{PREFIX}MAX_BYTES_IN_FLIGHT={settings.max_bytes_in_flight}, or such an upload could "
+            "never be taken"
+        )
+    return settings
 
 
 class _Parser(argparse.ArgumentParser):
@@ -174,6 +188,8 @@ def _flag(name: str) -> str:
 
 def _allowed(field: FieldInfo) -> str:
     """Say in words which values a setting takes."""
+    if isinstance(field.json_schema_extra, dict):
+        return str(field.json_schema_extra["allowed"])
     choices = get_args(field.annotation)
     if choices and all(isinstance(choice, str) for choice in choices):
         return "one of " + ", ".join(choices)

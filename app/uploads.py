@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
@@ -26,6 +26,7 @@ from app.errors import (
 from app.settings import Settings
 
 FORM = "multipart/form-data"
+JSON = "application/json"
 RAW = "application/octet-stream"
 TIMEOUT_HEADER = "x-request-timeout-ms"
 Answer = TypeVar("Answer")
@@ -53,7 +54,7 @@ async def read_image(request: Request, settings: Settings, budget: BodyBudget) -
         EmptyBody, BodyTooLarge, BodyTimeout, MalformedForm, UnsupportedFormat, QueueFull: as their
             names say.
     """
-    media_type = _media_type(request)
+    media_type = media_type_of(request)
     if media_type == FORM:
         images = await _read_form(request, "file", settings, budget)
         if len(images) > 1:
@@ -63,8 +64,18 @@ async def read_image(request: Request, settings: Settings, budget: BodyBudget) -
         return images[0]
     if media_type and media_type != RAW and not media_type.startswith("image/"):
         raise UnsupportedFormat(
-            f"Send the image as {FORM} with field 'file', or raw as image/* or {RAW}."
+            f"Send the image as {FORM} with field 'file', raw as image/* or {RAW}, "
+            f"or as {JSON} in base64."
         )
+    return await read_body(request, settings, budget)
+
+
+async def read_body(request: Request, settings: Settings, budget: BodyBudget) -> bytes:
+    """Return the whole body.
+
+    Raises:
+        EmptyBody, BodyTooLarge, BodyTimeout, QueueFull: as their names say.
+    """
     body = bytearray()
     await _receive(request, settings, budget, body.extend)
     if not body:
@@ -79,7 +90,7 @@ async def read_images(request: Request, settings: Settings, budget: BodyBudget) 
         EmptyBody, BodyTooLarge, BodyTimeout, MalformedForm, UnsupportedFormat, QueueFull: as their
             names say.
     """
-    if _media_type(request) != FORM:
+    if media_type_of(request) != FORM:
         raise UnsupportedFormat(f"Send the images as {FORM} with repeated field 'files'.")
     return await _read_form(request, "files", settings, budget)
 
@@ -111,7 +122,8 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Answer]) -> An
         watcher.cancel()
 
 
-def _media_type(request: Request) -> str:
+def media_type_of(request: Request) -> str:
+    """Return the body's media type without its parameters, in lower case."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
@@ -120,11 +132,9 @@ async def _receive(
 ) -> None:
     """Feed the body on as it arrives, within its limits of size and time."""
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal():
-        if int(declared) > settings.max_upload_bytes:
-            raise BodyTooLarge(settings.max_upload_bytes)
-        budget.cover(int(declared))
-    size = 0
+    if declared.isdecimal() and int(declared) > settings.max_upload_bytes:
+        raise BodyTooLarge(settings.max_upload_bytes)
+    size = 0  # of what is here: a promise of bytes must not shut others out
     try:
         async with asyncio.timeout(settings.body_timeout_s):
             async for chunk in request.stream():
@@ -176,7 +186,7 @@ class _Form:
                     "on_end": self._end,
                 },
             )
-        except MultipartParseError as error:
+        except FormParserError as error:
             raise MalformedForm("The multipart boundary is not valid.") from error
 
     def feed(self, chunk: bytes) -> None:
@@ -188,7 +198,7 @@ class _Form:
         self._started = self._started or bool(chunk)
         try:
             self._parser.write(chunk)
-        except MultipartParseError as error:
+        except FormParserError as error:
             raise MalformedForm("The multipart form cannot be read.") from error
 
     def fields(self) -> dict[bytes, list[bytes]]:

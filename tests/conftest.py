@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 from app.main import create_app
 from app.settings import Settings
 from tests.fakes import FakeEngine
+from tests.processes import Server, serving
 
 ROOT = Path(__file__).parent.parent
 Serve = Callable[..., TestClient]
@@ -40,3 +41,10 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the data sets beside the checkout (../shared) are absent")
     return folder
+
+
+@pytest.fixture(scope="session")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Return a running server of the embedded model."""
+    with serving(tmp_path_factory.mktemp("live") / "log") as server:
+        yield server

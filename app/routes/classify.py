@@ -1,61 +1,45 @@
 """`POST /classify` and `POST /classify/batch`."""
 
-from typing import Any
-
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from app import schemas
+from app.admission import BodyBudget
 from app.classifier import Classified, Classifier
+from app.documents import EXAMPLE_IMAGE, ImageDocument, read_document
 from app.errors import InvalidParameter, Problem
 from app.predictions import best
+from app.routes.openapi import BYTES, CLASSIFY_STATUSES, image_body, problems
 from app.schemas import DEFAULT_TOP_K, TopK
 from app.service import Service
-from app.uploads import read_deadline, read_image, read_images, unless_gone
+from app.settings import Settings
+from app.uploads import JSON, media_type_of, read_deadline, read_image, read_images, unless_gone
 
 router = APIRouter(tags=["classify"])
-
-_BYTES = {"type": "string", "format": "binary"}
-
-
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemBody"}}}
-    return {status: {"content": content} for status in statuses}
-
-
-def _form(field: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"schema": {"type": "object", "properties": {field: schema}, "required": [field]}}
 
 
 @router.post(
     "/classify",
     response_model=schemas.Classification,
-    responses=_problems(400, 401, 408, 413, 415, 422, 429, 500, 503, 504),
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "multipart/form-data": _form("file", _BYTES),
-                "image/*": {"schema": _BYTES},
-                "application/octet-stream": {"schema": _BYTES},
-            },
-        }
-    },
+    responses=problems(*CLASSIFY_STATUSES),
+    openapi_extra={"requestBody": image_body(ImageDocument, {"image": EXAMPLE_IMAGE})},
 )
 async def classify(request: Request, top_k: TopK = None) -> Response:
-    """Classify one image: multipart field `file`, or the raw body."""
+    """Classify one image: multipart field `file`, the raw body, or JSON with base64."""
     service: Service = request.app.state.service
     classifier, settings = service.classifier, service.settings
     deadline = read_deadline(request, settings)
-    count = _checked_top_k(top_k, classifier)
+    count = checked_top_k(top_k, classifier)
     with service.admission.body() as budget:
-        upload = await read_image(request, settings, budget)
-        [result] = await unless_gone(request, classifier.classify([upload], deadline))
+        [result] = await unless_gone(
+            request,
+            classifier.classify([await read_upload(request, settings, budget)], deadline),
+        )
     if isinstance(result, Problem):
         raise result
-    return _json(
+    return json_response(
         schemas.Classification(
-            model=_model_name(classifier),
+            model=model_name(classifier),
             image=_image_info(result),
             predictions=best(result.logits, classifier.card.labels, count),
         )
@@ -65,12 +49,19 @@ async def classify(request: Request, top_k: TopK = None) -> Response:
 @router.post(
     "/classify/batch",
     response_model=schemas.BatchClassification,
-    responses=_problems(400, 401, 408, 413, 415, 422, 429, 503, 504),
+    responses=problems(*(status for status in CLASSIFY_STATUSES if status != 500)),
     openapi_extra={
         "requestBody": {
             "required": True,
             "content": {
-                "multipart/form-data": _form("files", {"type": "array", "items": _BYTES}),
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "properties": {"files": {"type": "array", "items": BYTES}},
+                        "required": ["files"],
+                    },
+                    "example": {"files": ["cat.jpg", "ship.png"]},
+                },
             },
         }
     },
@@ -80,13 +71,13 @@ async def classify_batch(request: Request, top_k: TopK = None) -> Response:
     service: Service = request.app.state.service
     classifier, settings = service.classifier, service.settings
     deadline = read_deadline(request, settings)
-    count = _checked_top_k(top_k, classifier)
+    count = checked_top_k(top_k, classifier)
     with service.admission.body() as budget:
         uploads = await read_images(request, settings, budget)
         results = await unless_gone(request, classifier.classify(uploads, deadline))
-    return _json(
+    return json_response(
         schemas.BatchClassification(
-            model=_model_name(classifier),
+            model=model_name(classifier),
             results=[
                 schemas.Failed(problem=schemas.ProblemBody(**result.body()))
                 if isinstance(result, Problem)
@@ -100,7 +91,24 @@ async def classify_batch(request: Request, top_k: TopK = None) -> Response:
     )
 
 
-def _checked_top_k(top_k: int | None, classifier: Classifier) -> int:
+async def read_upload(request: Request, settings: Settings, budget: BodyBudget) -> bytes:
+    """Return the request's one image in whichever way it came.
+
+    Raises:
+        EmptyBody, BodyTooLarge, BodyTimeout, MalformedForm, MalformedJson, InvalidParameter,
+            UnsupportedFormat, QueueFull: as their names say.
+    """
+    if media_type_of(request) == JSON:
+        return (await read_document(request, settings, budget, ImageDocument)).image
+    return await read_image(request, settings, budget)
+
+
+def checked_top_k(top_k: int | None, classifier: Classifier) -> int:
+    """Return how many labels to answer with.
+
+    Raises:
+        InvalidParameter: the model has fewer.
+    """
     classes = len(classifier.card.labels)
     if top_k is None:
         return min(DEFAULT_TOP_K, classes)
@@ -109,14 +117,16 @@ def _checked_top_k(top_k: int | None, classifier: Classifier) -> int:
     return top_k
 
 
-def _model_name(classifier: Classifier) -> schemas.ModelName:
+def model_name(classifier: Classifier) -> schemas.ModelName:
+    """Return which model answers."""
     return schemas.ModelName(name=classifier.card.name, version=classifier.card.version)
+
+
+def json_response(answer: BaseModel) -> Response:
+    """Return a model as it stands: pydantic writes JSON faster than FastAPI's way by dicts."""
+    return Response(answer.model_dump_json(), media_type="application/json")
 
 
 def _image_info(result: Classified) -> schemas.ImageInfo:
     picture = result.picture
     return schemas.ImageInfo(format=picture.format, width=picture.width, height=picture.height)
-
-
-def _json(answer: BaseModel) -> Response:
-    return Response(answer.model_dump_json(), media_type="application/json")

@@ -1,34 +1,64 @@
 """Every error as RFC 9457 problem+json, the framework's own included."""
 
+from collections.abc import Mapping
+from http import HTTPStatus
+
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Scope
 
-from app.errors import Problem, problem_response
+from app.errors import Problem, kind_of, problem_response
+from app.trace import current
 
 
 def answer_errors(app: FastAPI) -> None:
-    """Register the handlers."""
+    """Register the handlers; what none of them knows is a bug, which access.py answers."""
 
     @app.exception_handler(Problem)
-    async def on_problem(_: Request, error: Problem) -> Response:
-        return problem_response(error.status, error.detail, error.title, error.headers)
+    async def on_problem(request: Request, error: Problem) -> Response:
+        return answer_to(request.scope, error)
 
     @app.exception_handler(HTTPException)
-    async def on_http_exception(_: Request, error: HTTPException) -> Response:
-        return problem_response(error.status_code, f"{error.detail}.", headers=error.headers)
+    async def on_http_exception(request: Request, error: HTTPException) -> Response:
+        detail = f"{error.detail}."
+        return _answer(request.scope, error.status_code, detail, headers=error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def on_invalid_request(_: Request, error: RequestValidationError) -> Response:
+    async def on_invalid_request(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         detail = f"{first['loc'][-1]}: {first['msg']}."
-        return problem_response(422, detail, "Invalid parameter")
+        return _answer(request.scope, 422, detail, "Invalid parameter")
 
     @app.exception_handler(ClientDisconnect)
     async def on_disconnect(_: Request, _error: ClientDisconnect) -> Response:
+        trace = current()
+        if trace is not None:
+            trace.problem = "client-gone"
         return Response(status_code=499)  # nginx's word for it; nobody is there to read it
 
-    @app.exception_handler(Exception)
-    async def on_bug(_: Request, _error: Exception) -> Response:
-        return problem_response(500, "The service has a fault; its log has the details.")
+
+def answer_to(scope: Scope, problem: Problem) -> JSONResponse:
+    """Return the answer that a problem is, and note it in the request's trace."""
+    trace = current()
+    if trace is not None:
+        trace.reason = problem.reason
+    return _answer(scope, problem.status, problem.detail, problem.title, problem.headers)
+
+
+def _answer(
+    scope: Scope,
+    status: int,
+    detail: str,
+    title: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    title = title or HTTPStatus(status).phrase
+    trace = current()
+    if trace is not None:
+        trace.problem = kind_of(title)
+    # The Open Inference Protocol's clients look for `error`; RFC 9457 allows members of one's own.
+    extra = {"error": detail} if scope["path"].startswith("/v2") else {}
+    return problem_response(status, detail, title, headers, extra)

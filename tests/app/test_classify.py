@@ -143,6 +143,7 @@ def test_each_concurrent_request_gets_its_own_answer() -> None:
     answers = asyncio.run(run())
     for color, answer in zip(colors, answers, strict=True):
         expected = softmax((np.array(color) / 10).astype(np.float32))
+        assert answer.status_code == 200, answer.text
         scores = {p["index"]: p["score"] for p in answer.json()["predictions"]}
         assert [scores[i] for i in range(3)] == pytest.approx(expected, abs=1e-5)
     assert sum(engine.batches) == count

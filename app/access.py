@@ -1,0 +1,152 @@
+"""Every answer's way out: its headers, its log line and its place in the metrics.
+
+The outermost layer, so that refusals and bugs are seen like everything else. Nothing of a user's
+image, file name or key is written anywhere: routes are logged as their templates, never as paths,
+and queries not at all.
+"""
+
+import logging
+import time
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.errors import problem_response
+from app.metrics import Metrics
+from app.spans import Spans
+from app.trace import Trace, begin
+
+# Unless its route says otherwise an answer is data, no page: nothing in it may run, be framed or
+# be sniffed.
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+}
+REQUEST_ID_HEADER = "X-Request-ID"
+UNMATCHED = "unmatched"  # the route of a request for something that is not there
+_SECURITY = [
+    (name.lower().encode("ascii"), value.encode("ascii"))
+    for name, value in SECURITY_HEADERS.items()
+]
+CLIENT_GONE = 499  # nginx's word for it
+
+logger = logging.getLogger(__name__)
+
+
+class Access:
+    """ASGI middleware around all the others."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        routes: Iterable[BaseRoute],
+        spans: Spans | None = None,
+    ) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._spans = spans
+        known = [route for route in routes if isinstance(route, Route)]
+        self._paths = frozenset(route.path for route in known if "{" not in route.path)
+        self._templates = [route for route in known if "{" in route.path]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request and report it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        trace = begin(headers.get("x-request-id", ""), headers.get("traceparent", ""))
+        trace.is_traced = trace.is_traced or self._spans is not None
+        status = 0
+
+        async def receive_counted() -> Message:
+            message = await receive()
+            if message["type"] == "http.request":
+                trace.received_bytes += len(message.get("body", b""))
+            return message
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                dress(message, trace, closing=scope["app"].state.service.draining)
+            await send(message)
+
+        try:
+            await self._app(scope, receive_counted, send_marked)
+        except Exception:
+            logger.exception("a bug, answered with 500")
+            if status:
+                raise  # the answer is under way: the server cuts the connection
+            trace.problem = "internal-server-error"
+            answer = problem_response(500, "The service has a fault; its log has the details.")
+            await answer(scope, receive, send_marked)
+        finally:
+            if not status:
+                trace.problem = "client-gone"
+            method, route, status = scope["method"], self._route(scope), status or CLIENT_GONE
+            report(self._metrics, trace, method, route, status)
+            if self._spans is not None:
+                self._spans.export(trace, method, route, status)
+
+    def _route(self, scope: Scope) -> str:
+        """Return the template that the request met, or would have met but for the door."""
+        route = scope.get("route")
+        if isinstance(route, Route):
+            return route.path
+        if scope["path"] in self._paths:
+            return str(scope["path"])
+        for template in self._templates:
+            if template.matches(scope)[0] is not Match.NONE:
+                return template.path
+        return UNMATCHED
+
+
+def report(metrics: Metrics, trace: Trace, method: str, route: str, status: int) -> None:
+    """Count one answered request and write its line."""
+    seconds = time.perf_counter() - trace.started
+    metrics.finish_request(trace, route, status, seconds)
+    level = logging.ERROR if status == 500 else logging.INFO  # the others are no fault of ours
+    if not logger.isEnabledFor(level):
+        return
+    fields: dict[str, object] = {
+        "method": method,
+        "route": route,
+        "status": status,
+        "outcome": trace.problem or "ok",
+        "received_bytes": trace.received_bytes,
+        "total_ms": _milliseconds(seconds),
+    }
+    if trace.stages is not None:
+        fields["images"] = trace.images
+        fields["decode_ms"] = _milliseconds(trace.stages.decode_s)
+        fields["queue_ms"] = _milliseconds(trace.stages.queue_s)
+        fields["infer_ms"] = _milliseconds(trace.stages.infer_s)
+    if trace.is_traced:
+        fields["trace_id"] = trace.trace_id
+        fields["span_id"] = trace.span_id
+    logger.log(level, "request", extra={"fields": fields, "request_id": trace.request_id})
+
+
+def dress(start: Message, trace: Trace, *, closing: bool) -> None:
+    """Give the start of an answer the headers that every answer has."""
+    given = list(start["headers"])
+    names = {name for name, _ in given}
+    given += [(name, value) for name, value in _SECURITY if name not in names]
+    given.append((b"x-request-id", trace.request_id.encode("ascii")))
+    given.append((b"server-timing", trace.server_timing(time.perf_counter()).encode("ascii")))
+    if trace.parent is not None:
+        given.append((b"traceparent", trace.traceparent.encode("ascii")))
+    if closing and b"connection" not in names:
+        given.append((b"connection", b"close"))  # the client's next request goes elsewhere
+    start["headers"] = given
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1000, 2)

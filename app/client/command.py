@@ -1,0 +1,169 @@
+"""The command `mixer-classify`: arguments, progress, exit code."""
+
+import argparse
+import asyncio
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol, Self
+
+from app.client.files import NothingFoundError, find_images
+from app.client.results import OtherModelError, Prediction, Result, Writer, finished, open_writer
+
+ALL_GOOD, SOME_FAILED, USELESS, INTERRUPTED = 0, 1, 2, 130
+
+
+class Backend(Protocol):
+    """A server or a model file."""
+
+    model: str  # name@version
+    top_k: int  # at most the model's labels
+    concurrency: int
+
+    async def __aenter__(self) -> Self:
+        """Get ready."""
+        ...
+
+    async def __aexit__(self, *_: object) -> None:
+        """Clean up."""
+        ...
+
+    async def classify(self, data: bytes) -> list[Prediction]:
+        """Return an image's best labels."""
+        ...
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Classify; return 0, or 1 if an image failed, or 2 if nothing could be done."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.ERROR, format="mixer-classify: %(message)s")
+    try:
+        import httpx2  # noqa: F401 - asked here, so that its absence is one line
+        import tqdm  # noqa: F401 - likewise
+    except ImportError as error:
+        return _refuse(f"{error.name} is not installed: pip install 'mixer-serve[client]'")
+    from app.client.remote import ServerError
+
+    try:
+        images = find_images(options.paths)
+        return asyncio.run(_run(options, images))
+    except (NothingFoundError, OtherModelError, ServerError, OSError) as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+async def _run(options: argparse.Namespace, images: list[Path]) -> int:
+    from tqdm import tqdm
+
+    async with _backend(options) as backend:
+        done: set[str] = set()
+        if options.output is not None and not options.overwrite:
+            done = finished(options.output, options.format, backend.model, backend.top_k)
+        elif options.output is not None:
+            options.output.unlink(missing_ok=True)
+        left = [image for image in images if str(image) not in done]
+        order = [str(image) for image in left]
+        with (
+            tqdm(total=len(images), unit="image", disable=_quiet(options)) as progress,
+            open_writer(options.output, options.format, backend.top_k, order) as writer,
+        ):
+            progress.update(len(images) - len(left))
+            failed = await _classify_all(backend, left, writer, progress.update)
+    return SOME_FAILED if failed else ALL_GOOD
+
+
+async def _classify_all(
+    backend: Backend, images: list[Path], writer: Writer, tell_progress: Callable[[], object]
+) -> int:
+    """Classify every image, so many at once; return how many failed."""
+    from app.client.remote import ImageError
+
+    todo = iter(images)
+    failed = 0
+
+    async def work() -> None:
+        nonlocal failed
+        for image in todo:  # all workers take from the same iterator
+            try:
+                data = await asyncio.to_thread(image.read_bytes)
+                result = Result(str(image), backend.model, await backend.classify(data))
+            except (ImageError, OSError) as error:
+                result = Result(str(image), backend.model, error=str(error))
+                failed += 1
+            writer.write(result)
+            tell_progress()
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(backend.concurrency, len(images))):
+                group.create_task(work())
+    except* Exception as group_error:
+        raise group_error.exceptions[0] from None  # one reason is enough
+    return failed
+
+
+def _backend(options: argparse.Namespace) -> Backend:
+    target: str = options.target
+    if target.startswith(("http://", "https://")):
+        from app.client.remote import RemoteClassifier
+
+        key = None if options.api_key_file is None else options.api_key_file.read_text().strip()
+        return RemoteClassifier(target, options.top_k, options.concurrency, options.retries, key)
+    from app.client.local import LocalClassifier
+
+    return LocalClassifier(Path(target), options.top_k)
+
+
+def _quiet(options: argparse.Namespace) -> bool:
+    return bool(options.quiet) or not sys.stderr.isatty()
+
+
+def _refuse(reason: str) -> int:
+    sys.stderr.write(f"mixer-classify: {reason}\n")
+    return USELESS
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mixer-classify",
+        description="Classify many images with a running server or a model file. A run that was "
+        "broken off goes on where it stopped when it is given the same --output again.",
+        epilog="Exit code: 0 all classified, 1 some failed, 2 nothing could be done.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("target", metavar="URL_OR_MODEL", help="http(s)://… of a server, or an .onnx file")
+    add("paths", metavar="PATH", nargs="+", help="image, folder (with all below it) or 'glob/**'")
+    add("--top-k", type=_positive, default=5, help="labels for each image (default: 5)")
+    add("--format", choices=("table", "jsonl", "csv"), default="table", help="(default: table)")
+    add("-o", "--output", type=Path, help="file for the results (default: standard output)")
+    add("--overwrite", action="store_true", help="begin --output anew instead of going on with it")
+    add(
+        "--concurrency",
+        type=_positive,
+        default=8,
+        help="requests at once, to a server (default: 8; enough for full batches, and the others' "
+        "share of a service is left)",
+    )
+    add(
+        "--retries",
+        type=_positive,
+        default=10,
+        help="how often a busy or unreachable server is asked again (default: 10)",
+    )
+    add("--api-key-file", type=Path, help="file that holds the server's API key")
+    add("-q", "--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("it must be a positive whole number")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Images through a running server: bounded, patient, and told apart what cannot be helped."""
+
+import asyncio
+from typing import Any
+
+import httpx2
+
+from app.client.results import Prediction
+
+# After a connection that failed; doubled each time.
+FIRST_WAIT_S = 0.5
+LONGEST_WAIT_S = 30.0
+BUSY = frozenset({408, 429, 503})
+
+
+class ServerError(Exception):
+    """The server cannot be used at all: the run ends."""
+
+
+class ImageError(Exception):
+    """This image cannot be classified; the others may."""
+
+
+class RemoteClassifier:
+    """Sends images to `POST /classify`; use it as an async context manager."""
+
+    def __init__(
+        self, url: str, top_k: int, concurrency: int, retries: int, key: str | None
+    ) -> None:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self.concurrency = concurrency
+        self._top_k = top_k
+        self._retries = retries
+        self._client = httpx2.AsyncClient(
+            base_url=url.rstrip("/"),
+            headers=headers,
+            timeout=httpx2.Timeout(60, connect=10),
+            limits=httpx2.Limits(max_connections=concurrency),
+        )
+
+    async def __aenter__(self) -> "RemoteClassifier":
+        """Ask the server which model it serves.
+
+        Raises:
+            ServerError: it cannot be reached, wants a key, or is none of ours.
+        """
+        try:
+            answer = await self._ask("GET", "/model")
+            card = answer.json()
+            self.model = f"{card['name']}@{card['version']}"
+            self.top_k = min(self._top_k, len(card["labels"]))
+        except (ImageError, ValueError, KeyError, TypeError) as error:
+            await self._client.aclose()
+            raise ServerError(f"{self._client.base_url}: no Mixer Serve there ({error})") from None
+        except ServerError:
+            await self._client.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    async def classify(self, data: bytes) -> list[Prediction]:
+        """Return an image's best labels.
+
+        Raises:
+            ImageError: the server refuses this image, or stays busy.
+            ServerError: it cannot be reached any more, or wants a key.
+        """
+        answer = await self._ask("POST", f"/classify?top_k={self.top_k}", data)
+        return [Prediction(**one) for one in answer.json()["predictions"]]
+
+    async def _ask(self, method: str, path: str, data: bytes | None = None) -> httpx2.Response:
+        """Send one request, again as often and as late as it takes."""
+        headers = {"Content-Type": "application/octet-stream"} if data is not None else {}
+        wait_s = FIRST_WAIT_S
+        for attempt in range(self._retries + 1):
+            last = attempt == self._retries
+            try:
+                answer = await self._client.request(method, path, content=data, headers=headers)
+            except httpx2.TransportError as error:
+                if last:
+                    reason = str(error) or type(error).__name__
+                    raise ServerError(f"{self._client.base_url}: {reason}") from None
+                await asyncio.sleep(wait_s)
+                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+                continue
+            if answer.is_success:
+                return answer
+            if answer.status_code == 401:
+                raise ServerError("the server wants an API key: give --api-key-file")
+            if last or answer.status_code not in BUSY:
+                raise ImageError(_detail(answer))
+            await asyncio.sleep(_retry_after_s(answer, wait_s))
+        raise AssertionError("the last attempt returns or raises")
+
+
+def _retry_after_s(answer: httpx2.Response, default_s: float) -> float:
+    """Return how long the server asks to wait (RFC 9110, section 10.2.3, in seconds)."""
+    asked = answer.headers.get("retry-after", "")
+    return min(float(asked), LONGEST_WAIT_S) if asked.isdecimal() else default_s
+
+
+def _detail(answer: httpx2.Response) -> str:
+    try:
+        problem: dict[str, Any] = answer.json()
+        return str(problem["detail"])
+    except (ValueError, KeyError, TypeError):
+        return f"status {answer.status_code}"

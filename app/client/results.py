@@ -1,0 +1,186 @@
+"""Where the results go: a table, JSON lines or CSV; and which of them are there already."""
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal, Protocol, TextIO
+
+OutputFormat = Literal["table", "jsonl", "csv"]
+
+
+class OtherModelError(Exception):
+    """The file holds results of another model, or of another number of labels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One label and its score."""
+
+    label: str
+    index: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one file."""
+
+    path: str
+    model: str  # name@version
+    predictions: list[Prediction] = field(default_factory=list)
+    error: str | None = None
+
+
+class Writer(Protocol):
+    """Takes results as they come; `close` after the last one."""
+
+    def write(self, result: Result) -> None:
+        """Take one result."""
+        ...
+
+    def close(self) -> None:
+        """Write what was kept until the end."""
+        ...
+
+
+class TableWriter:
+    """Aligned columns, once all results are known, in the order of the files."""
+
+    def __init__(self, stream: TextIO, order: Sequence[str]) -> None:
+        self._stream = stream
+        self._order = {path: place for place, path in enumerate(order)}
+        self._results: list[Result] = []
+
+    def write(self, result: Result) -> None:
+        """Keep one result."""
+        self._results.append(result)
+
+    def close(self) -> None:
+        """Write the table."""
+        width = max((len(result.path) for result in self._results), default=0)
+        for result in sorted(self._results, key=lambda one: self._order[one.path]):
+            labels = "  ".join(f"{p.label} {p.score:.1%}" for p in result.predictions)
+            self._stream.write(f"{result.path:<{width}}  {result.error or labels}\n")
+
+
+class JsonLinesWriter:
+    """One object a line, as soon as it is known."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, result: Result) -> None:
+        """Write one line."""
+        members = {name: value for name, value in asdict(result).items() if value not in (None, [])}
+        self._stream.write(json.dumps(members) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+class CsvWriter:
+    """One row a file, as soon as it is known: path, model, label_1, score_1, …, error."""
+
+    def __init__(self, stream: TextIO, top_k: int, *, with_header: bool) -> None:
+        self._stream = stream
+        self._top_k = top_k
+        self._rows = csv.writer(stream, lineterminator="\n")
+        if with_header:
+            pairs = [f"{name}_{n}" for n in range(1, top_k + 1) for name in ("label", "score")]
+            self._rows.writerow(["path", "model", *pairs, "error"])
+
+    def write(self, result: Result) -> None:
+        """Write one row."""
+        cells: list[Any] = [c for p in result.predictions for c in (p.label, f"{p.score:.6g}")]
+        cells += [""] * (2 * self._top_k - len(cells))
+        self._rows.writerow([result.path, result.model, *cells, result.error or ""])
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+def finished(file: Path, output_format: OutputFormat, model: str, top_k: int) -> set[str]:
+    """Return the paths whose results `file` holds, and leave only those in it.
+
+    Failures and a last line that was cut off are taken out, to be done again.
+
+    Raises:
+        OtherModelError: the results are another model's, or of more or fewer labels.
+    """
+    if output_format == "table" or not file.exists():
+        return set()
+    text = file.read_text(encoding="utf-8", errors="surrogateescape")
+    kept, paths = [], set()
+    whole = text[: text.rfind("\n") + 1]
+    rows = _json_rows(whole) if output_format == "jsonl" else _csv_rows(whole)
+    for row, path, made_by, error in rows:
+        if path is None:  # the header
+            if len(row.split(",")) != 2 * top_k + 3:
+                raise OtherModelError(f"{file} was made with another --top-k")
+            kept.append(row)
+        elif made_by != model:
+            raise OtherModelError(f"{file} holds results of {made_by}, not of {model}")
+        elif not error:
+            kept.append(row)
+            paths.add(path)
+    clean = file.with_name(file.name + ".part")
+    clean.write_text("".join(kept), encoding="utf-8", errors="surrogateescape")
+    os.replace(clean, file)  # noqa: PTH105 - whole or not at all, as Path.replace, and it reads so
+    return paths
+
+
+@contextmanager
+def open_writer(
+    file: Path | None, output_format: OutputFormat, top_k: int, order: Sequence[str]
+) -> Iterator[Writer]:
+    """Write to `file`, after what it holds, or to standard output."""
+    with ExitStack() as stack:
+        stream: TextIO = sys.stdout
+        if file is not None:
+            mode: Literal["w", "a"] = "w" if output_format == "table" else "a"
+            stream = stack.enter_context(
+                file.open(mode, encoding="utf-8", errors="surrogateescape", newline="")
+            )
+        with_header = file is None or file.stat().st_size == 0
+        writer = _writer(stream, output_format, top_k, order, with_header=with_header)
+        stack.callback(writer.close)  # a table shows what was done, broken off or not
+        yield writer
+
+
+def _writer(
+    stream: TextIO,
+    output_format: OutputFormat,
+    top_k: int,
+    order: Sequence[str],
+    *,
+    with_header: bool,
+) -> Writer:
+    if output_format == "table":
+        return TableWriter(stream, order)
+    if output_format == "jsonl":
+        return JsonLinesWriter(stream)
+    return CsvWriter(stream, top_k, with_header=with_header)
+
+
+Row = tuple[str, str | None, str, str]  # as it stands, path (None in a header), model, error
+
+
+def _json_rows(text: str) -> Iterator[Row]:
+    for line in text.splitlines(keepends=True):
+        members = json.loads(line)
+        yield line, members["path"], members["model"], members.get("error", "")
+
+
+def _csv_rows(text: str) -> Iterator[Row]:
+    for number, cells in enumerate(csv.reader(StringIO(text))):
+        row = StringIO()
+        csv.writer(row, lineterminator="\n").writerow(cells)
+        yield row.getvalue(), cells[0] if number else None, cells[1], cells[-1]

@@ -1,0 +1,100 @@
+"""JSON bodies: what clients send that can carry an image only as base64."""
+
+import asyncio
+import base64
+import binascii
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+
+from app.admission import BodyBudget
+from app.errors import InvalidParameter, MalformedJson
+from app.predictions import ScoreFunction
+from app.settings import Settings
+from app.uploads import read_body
+
+# One white pixel, so that an example can be sent as it stands.
+EXAMPLE_IMAGE = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"
+)
+Document = TypeVar("Document", bound=BaseModel)
+
+
+def decode_base64(text: Any) -> bytes:
+    """Return the bytes of RFC 4648 base64, line breaks and a data URL's head (RFC 2397) allowed.
+
+    Raises:
+        ValueError: no text, or not base64.
+    """
+    if not isinstance(text, str):
+        raise ValueError("it must be a text in base64")  # noqa: TRY004 - pydantic reports ValueErrors
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("it is not base64") from None
+
+
+Base64Image = Annotated[
+    bytes,
+    BeforeValidator(decode_base64),
+    WithJsonSchema({"type": "string", "contentEncoding": "base64", "examples": [EXAMPLE_IMAGE]}),
+]
+
+
+class ImageDocument(BaseModel):
+    """An image for clients that have nothing but JSON."""
+
+    image: Base64Image = Field(description="an image file in base64; a data URL will do")
+
+
+class HuggingFaceParameters(BaseModel):
+    """What an image-classification client of Hugging Face may ask for."""
+
+    model_config = ConfigDict(extra="ignore")  # their servers pass over what they do not know
+
+    top_k: int | None = Field(default=None, ge=1, description="at most so many labels; 5 if absent")
+    function_to_apply: ScoreFunction | None = Field(
+        default=None, description="how logits become scores; softmax if absent"
+    )
+
+
+class HuggingFaceDocument(BaseModel):
+    """Hugging Face's request for image classification, where it has parameters."""
+
+    inputs: Base64Image = Field(description="an image file in base64")
+    parameters: HuggingFaceParameters | None = None
+
+
+async def read_document(
+    request: Request, settings: Settings, budget: BodyBudget, kind: type[Document]
+) -> Document:
+    """Return a JSON body as a `kind`, parsed off the event loop.
+
+    Raises:
+        EmptyBody, BodyTooLarge, BodyTimeout, QueueFull: as for every body.
+        MalformedJson: not JSON.
+        InvalidParameter: not a `kind`; the detail names the member.
+    """
+    body = await read_body(request, settings, budget)
+    return await asyncio.to_thread(parse_document, body, kind)
+
+
+def parse_document(body: bytes | memoryview, kind: type[Document]) -> Document:
+    """Return JSON text as a `kind`.
+
+    Raises:
+        MalformedJson: not JSON.
+        InvalidParameter: not a `kind`; the detail names the member.
+    """
+    try:
+        return kind.model_validate_json(bytes(body))
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "json_invalid":
+            raise MalformedJson(f"The body is not JSON: {message}.") from None
+        place = ".".join(str(part) for part in first["loc"]) or "body"
+        raise InvalidParameter(f"{place}: {message}.") from None

@@ -1,0 +1,174 @@
+"""Why this label: hide a part of the image, and see how much less sure the model is.
+
+Occlusion (Zeiler and Fergus 2014, section 4.2) with whole patches: a Mixer sees an image as
+patches, so they are its natural unit. The work runs through the same engine, in its spare time.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from app.classifier import Classifier
+from app.errors import InvalidParameter, Problem, QueueFull
+from app.images import Picture, decode
+from app.latency import LatencyTable
+from app.model_card import Preprocessing
+from app.predictions import softmax
+from app.settings import Settings
+
+# What one explanation may take of an idle engine; larger cells are hidden where patches cost more.
+BUDGET_S = 2.0
+# And at most so many inferences: a ViT-sized grid of 16 × 16 patches.
+MAX_OCCLUSIONS = 256
+# Predicted wait of a request from which on the service has no time to explain.
+BUSY_S = 0.1
+# The overlay's smallest side in pixels, for models that see stamps.
+OVERLAY_SIDE = 448
+CHUNK = 16  # occluded copies held at once: 150 kB each at 224 px
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """How much each cell of the model's view speaks for one label."""
+
+    picture: Picture
+    index: int  # of the label that is explained
+    score: float  # its probability, nothing hidden
+    importance: NDArray[np.float64]  # [rows, columns], nats of log-probability lost when hidden
+    cell_patches: int  # side of a cell, in patches
+    cell_pixels: int  # side of a cell, in pixels of the model's view
+
+
+class Explainer:
+    """Explains one image at a time; refuses while requests wait."""
+
+    def __init__(self, classifier: Classifier, settings: Settings, latency: LatencyTable) -> None:
+        self._classifier = classifier
+        self._settings = settings
+        self._latency = latency
+        self._running = False
+
+    async def explain(
+        self, upload: bytes, deadline: float, index: int | None, waiting: int
+    ) -> Explanation:
+        """Return why the upload gets its best label, or the label at `index`.
+
+        `deadline` is in seconds of `time.monotonic()`, `waiting` the images in the queue.
+
+        Raises:
+            QueueFull: another explanation runs, or requests would wait for this one.
+            InvalidParameter: the model has no label at `index`.
+            Problem: as for classifying the upload.
+        """
+        classes = len(self._classifier.card.labels)
+        if index is not None and index >= classes:
+            raise InvalidParameter(f"index is {index}; it must be from 0 to {classes - 1}.")
+        with self._only_one(waiting):
+            [result] = await self._classifier.classify([upload], deadline)
+            if isinstance(result, Problem):
+                raise result
+            chosen = int(result.logits.argmax()) if index is None else index
+            before = _log_probability(result.logits, chosen)
+            grid = _grid_side(self._classifier.card.preprocessing)
+            cell = self._cell(grid)
+            side = -(-grid // cell)
+            lost: list[float] = []
+            for start in range(0, side * side, CHUNK):
+                cells = range(start, min(start + CHUNK, side * side))
+                hidden = [
+                    _hide(result.picture, grid, cell, *divmod(number, side)) for number in cells
+                ]
+                logits = await self._classifier.infer_spare(hidden, deadline)
+                lost += [before - _log_probability(row, chosen) for row in logits]
+        return Explanation(
+            result.picture,
+            chosen,
+            float(np.exp(before)),
+            np.array(lost).reshape(side, side),
+            cell,
+            cell * self._classifier.card.preprocessing.patch_size,
+        )
+
+    async def overlay(self, upload: bytes, explanation: Explanation) -> bytes:
+        """Return a PNG of what the model sees, bright where it looks."""
+        preprocessing = self._classifier.card.preprocessing
+        max_pixels = self._settings.max_pixels
+        return await self._classifier.in_decoder(
+            lambda: _overlay(upload, explanation, preprocessing, max_pixels)
+        )
+
+    @contextmanager
+    def _only_one(self, waiting: int) -> Iterator[None]:
+        if self._running:
+            raise QueueFull("Another explanation is under way.", 1, "explaining")
+        if self._latency.wait_s(waiting) > BUSY_S:
+            raise QueueFull("The service is busy classifying.", 1, "explaining")
+        self._running = True
+        try:
+            yield
+        finally:
+            self._running = False
+
+    def _cell(self, grid: int) -> int:
+        """Return the side, in patches, of the smallest cells that keep to the budget."""
+        for cell in range(1, grid):
+            count = (-(-grid // cell)) ** 2
+            if count <= MAX_OCCLUSIONS and self._latency.inference_s(count) <= BUDGET_S:
+                return cell
+        return grid
+
+
+def _grid_side(preprocessing: Preprocessing) -> int:
+    return preprocessing.image_size // preprocessing.patch_size
+
+
+def _log_probability(logits: NDArray[np.float32], index: int) -> float:
+    return float(np.log(max(softmax(logits)[index], 1e-30)))
+
+
+def _hide(picture: Picture, grid: int, cell: int, row: int, column: int) -> Picture:
+    """Return the picture with one cell painted in the picture's mean color."""
+    patches = picture.patches.reshape(grid, grid, -1, 3)  # [row, column, pixel, RGB]
+    hidden = patches.copy()
+    rows, columns = (slice(n * cell, (n + 1) * cell) for n in (row, column))
+    hidden[rows, columns] = patches.reshape(-1, 3).mean(axis=0).round()
+    return Picture(
+        picture.format, picture.width, picture.height, hidden.reshape(picture.patches.shape)
+    )
+
+
+def _overlay(
+    upload: bytes, explanation: Explanation, preprocessing: Preprocessing, max_pixels: int
+) -> bytes:
+    """Decode the model's view once more at a size for eyes, and darken what did not matter."""
+    scale = -(-OVERLAY_SIDE // preprocessing.image_size)
+    large = preprocessing.model_copy(update={"image_size": preprocessing.image_size * scale})
+    view = _unpatchify(decode(upload, large, max_pixels).patches, large)
+    heat = np.clip(explanation.importance, 0, None)
+    # The square root brings out what matters second most, as the eye expects of a picture.
+    heat = np.sqrt(heat / max(float(heat.max()), 1e-9)) * 255
+    cell = explanation.cell_pixels * scale
+    covered = (heat.shape[1] * cell, heat.shape[0] * cell)
+    mask = (
+        Image.fromarray(heat.astype(np.uint8))
+        .resize(covered, Image.Resampling.BICUBIC)
+        .crop((0, 0, *view.size))
+    )
+    night = Image.new("RGB", view.size, "#101418")
+    veil = Image.blend(view.convert("L").convert("RGB"), night, 0.65)
+    buffer = io.BytesIO()
+    Image.composite(view, veil, mask).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _unpatchify(patches: NDArray[np.uint8], preprocessing: Preprocessing) -> Image.Image:
+    """Return the image of patches uint8 [tokens, P·P·3]; the inverse of images.patchify."""
+    grid, size = _grid_side(preprocessing), preprocessing.patch_size
+    cut = patches.reshape(grid, grid, size, size, 3)  # [row, column, y, x, 3]
+    pixels = cut.transpose(0, 2, 1, 3, 4).reshape(grid * size, grid * size, 3)
+    return Image.fromarray(np.ascontiguousarray(pixels))

@@ -1,0 +1,71 @@
+"""The log: one JSON object a line for collectors, plain text for a person at a terminal.
+
+Both carry the request's ID on every line that was written on behalf of a request.
+"""
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Literal
+
+from app.trace import current
+
+LogFormat = Literal["auto", "json", "text"]
+
+_encode = json.JSONEncoder(ensure_ascii=False, default=str).encode  # json.dumps makes one a call
+
+
+def configure(level: str, log_format: LogFormat) -> None:
+    """Send everything of `level` and above to standard error; `auto` is text on a terminal."""
+    as_text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(TextFormatter() if as_text else JsonFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+class JsonFormatter(logging.Formatter):
+    """One line, one object; `fields` of a record become members of their own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as JSON without a line break."""
+        line: dict[str, object] = {
+            "time": _time(record).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        request_id = _request_id(record)
+        if request_id:
+            line["request_id"] = request_id
+        line.update(getattr(record, "fields", {}))
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return _encode(line)
+
+
+class TextFormatter(logging.Formatter):
+    """Time, level, message, then `fields` as name=value."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as a line for people, a traceback below it."""
+        parts = [
+            f"{_time(record).astimezone():%H:%M:%S} {record.levelname:7} {record.getMessage()}"
+        ]
+        parts += [f"{name}={value}" for name, value in getattr(record, "fields", {}).items()]
+        request_id = _request_id(record)
+        if request_id:
+            parts.append(f"id={request_id}")
+        text = " ".join(parts)
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def _time(record: logging.LogRecord) -> datetime:
+    return datetime.fromtimestamp(record.created, UTC)
+
+
+def _request_id(record: logging.LogRecord) -> str | None:
+    named: str | None = getattr(record, "request_id", None)
+    if named:
+        return named
+    trace = current()
+    return trace.request_id if trace else None

@@ -1,0 +1,127 @@
+"""What Prometheus scrapes: names begin with `mixer_`, and every label has a bounded set of values.
+
+Counters and histograms are fed as requests pass; what is a state (depths, readiness) is read at
+the scrape and costs the requests nothing.
+"""
+
+from collections.abc import Callable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+
+from app.model_card import ModelCard
+from app.trace import Stages, Trace
+
+# From a tenth of a millisecond (a small model on a GPU) to ten seconds (the longest request).
+_SECONDS = (
+    *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01),
+    *(0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
+)
+_IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
+# Answers by which the service protects itself or its operator, rather than finding a fault.
+_REFUSALS = frozenset({401, 408, 413, 429, 431, 503, 504})
+
+
+class Metrics:
+    """One application's metrics, in a registry of their own."""
+
+    def __init__(self) -> None:
+        # A series for the birth of each counter would only double their number.
+        disable_created_metrics()  # type: ignore[no-untyped-call] # no annotations
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+        self._requests = self._counter(
+            "requests", "Answers, by route, status and outcome", "route", "status", "outcome"
+        )
+        self._refusals = self._counter("refusals", "Requests refused, by reason", "reason")
+        self._images = self._counter("images", "Images, by outcome", "outcome")
+        self._received = self._counter("received_bytes", "Bytes of bodies received")
+        self._request_s = self._histogram(
+            "request_seconds",
+            "From a request's headers to the end of its answer",
+            _SECONDS,
+            "route",
+        )
+        self._decode_s = self._histogram("decode_seconds", "From bytes to patches", _SECONDS)
+        self._queue_s = self._histogram(
+            "queue_seconds",
+            "Waiting of an image: for a decode thread, then for the engine",
+            _SECONDS,
+        )
+        self._batch_s = self._histogram("batch_seconds", "Forming a batch, engine idle", _SECONDS)
+        self._infer_s = self._histogram("inference_seconds", "One batch in the engine", _SECONDS)
+        self._batch_images = self._histogram("batch_images", "Images in a batch", _IMAGES)
+        self._predicted_s = self._histogram(
+            "predicted_seconds", "Predicted at the door, from admission to logits", _SECONDS
+        )
+        self._actual_s = self._histogram(
+            "actual_seconds", "What the predicted time turned out to be", _SECONDS
+        )
+        self._ratio = self._histogram(
+            "actual_to_predicted_ratio", "Actual over predicted time; 1 is a perfect one", _RATIOS
+        )
+
+    def finish_request(self, trace: Trace, route: str, status: int, seconds: float) -> None:
+        """Count one answered request; `route` is a template of ours, never a client's path."""
+        self._requests.labels(route, str(status), trace.problem or "ok").inc()
+        self._request_s.labels(route).observe(seconds)
+        if trace.received_bytes:
+            self._received.inc(trace.received_bytes)
+        if status in _REFUSALS:
+            self._refusals.labels(trace.reason or trace.problem or "other").inc()
+
+    def finish_image(self, stages: Stages | None, outcome: str) -> None:
+        """Count one image, with its times if it reached the engine."""
+        self._images.labels(outcome).inc()
+        if stages is not None:
+            self._decode_s.observe(stages.decode_s)
+            self._queue_s.observe(stages.queue_s)
+
+    def finish_batch(self, images: int, forming_s: float, infer_s: float) -> None:
+        """Take in one inference; from the engine's thread."""
+        self._batch_images.observe(images)
+        self._batch_s.observe(forming_s)
+        self._infer_s.observe(infer_s)
+
+    def compare(self, predicted_s: float, actual_s: float) -> None:
+        """Take in how long a request's images took, beside what its admission had predicted."""
+        self._predicted_s.observe(predicted_s)
+        self._actual_s.observe(actual_s)
+        if predicted_s > 0:
+            self._ratio.observe(actual_s / predicted_s)
+
+    def show_state(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Show `mixer_{name}`, read anew at each scrape."""
+        Gauge(f"mixer_{name}", text, registry=self._registry).set_function(read)
+
+    def show_model(self, card: ModelCard, provider: str) -> None:
+        """Show which model is served, and where it runs."""
+        info = Gauge(
+            "mixer_model_info",
+            "The model that is served, always 1",
+            ("name", "version", "variant", "precision", "provider"),
+            registry=self._registry,
+        )
+        info.labels(card.name, card.version, card.variant, card.precision, provider).set(1)
+
+    def render(self) -> bytes:
+        """Return everything in Prometheus' text format 0.0.4."""
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"mixer_{name}", text, labels, registry=self._registry)
+
+    def _histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], *labels: str
+    ) -> Histogram:
+        return Histogram(f"mixer_{name}", text, labels, buckets=buckets, registry=self._registry)

@@ -1,0 +1,58 @@
+"""`POST /explain`: which patches of an image speak for its label."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+
+from app import schemas
+from app.documents import EXAMPLE_IMAGE, ImageDocument
+from app.routes.classify import json_response, model_name, read_upload
+from app.routes.openapi import BYTES, CLASSIFY_STATUSES, image_body, problems
+from app.schemas import Prediction
+from app.service import Service
+from app.uploads import read_deadline, unless_gone
+
+router = APIRouter(tags=["classify"])
+
+PNG = "image/png"
+Index = Annotated[
+    int | None, Query(ge=0, description="the label to explain, by its index (default: the best)")
+]
+
+
+@router.post(
+    "/explain",
+    response_model=schemas.Explained,
+    responses={
+        200: {"content": {PNG: {"schema": BYTES}}},
+        **problems(*CLASSIFY_STATUSES),
+    },
+    openapi_extra={"requestBody": image_body(ImageDocument, {"image": EXAMPLE_IMAGE})},
+)
+async def explain(request: Request, index: Index = None) -> Response:
+    """Show which cells of the image matter for a label, by hiding one after the other.
+
+    JSON, or with `Accept: image/png` the model's view with what did not matter darkened. It runs in
+    the engine's spare time, one at a time, and is refused with 429 while the service is busy.
+    """
+    service: Service = request.app.state.service
+    explainer, settings = service.explainer, service.settings
+    deadline = read_deadline(request, settings)
+    with service.admission.body() as budget:
+        upload = await read_upload(request, settings, budget)
+        found = await unless_gone(
+            request, explainer.explain(upload, deadline, index, service.admission.images)
+        )
+        if PNG in request.headers.get("accept", ""):
+            return Response(await explainer.overlay(upload, found), media_type=PNG)
+    card = service.classifier.card
+    return json_response(
+        schemas.Explained(
+            model=model_name(service.classifier),
+            prediction=Prediction(
+                label=card.labels[found.index], index=found.index, score=found.score
+            ),
+            cell_pixels=found.cell_pixels,
+            importance=[[round(value, 6) for value in row] for row in found.importance.tolist()],
+        )
+    )

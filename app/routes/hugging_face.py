@@ -1,0 +1,73 @@
+"""`POST /`: image classification as clients of Hugging Face's inference API ask for it.
+
+https://huggingface.co/docs/inference-providers/tasks/image-classification: raw bytes without
+parameters, JSON with base64 where there are some.
+"""
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field, TypeAdapter
+
+from app.documents import (
+    EXAMPLE_IMAGE,
+    HuggingFaceDocument,
+    HuggingFaceParameters,
+    read_document,
+)
+from app.errors import Problem
+from app.predictions import best
+from app.routes.openapi import CLASSIFY_STATUSES, image_body, problems
+from app.schemas import DEFAULT_TOP_K
+from app.service import Service
+from app.uploads import JSON, media_type_of, read_deadline, read_image, unless_gone
+
+router = APIRouter(tags=["clients"])
+
+_EXAMPLE = {
+    "inputs": EXAMPLE_IMAGE,
+    "parameters": {"top_k": 3, "function_to_apply": "softmax"},
+}
+
+
+class LabelScore(BaseModel):
+    """One label, best first."""
+
+    label: str = Field(examples=["cat"])
+    score: float = Field(examples=[0.93])
+
+
+_answer = TypeAdapter(list[LabelScore])
+
+
+@router.post(
+    "/",
+    response_model=list[LabelScore],
+    responses=problems(*CLASSIFY_STATUSES),
+    openapi_extra={"requestBody": image_body(HuggingFaceDocument, _EXAMPLE)},
+)
+async def classify(request: Request) -> Response:
+    """Classify one image as `huggingface_hub.InferenceClient.image_classification` asks for it.
+
+    A `top_k` above the model's classes means all of them, as at Hugging Face.
+    """
+    service: Service = request.app.state.service
+    classifier, settings = service.classifier, service.settings
+    deadline = read_deadline(request, settings)
+    parameters = HuggingFaceParameters()
+    with service.admission.body() as budget:
+        if media_type_of(request) == JSON:
+            document = await read_document(request, settings, budget, HuggingFaceDocument)
+            upload, parameters = document.inputs, document.parameters or parameters
+        else:
+            upload = await read_image(request, settings, budget)
+        [result] = await unless_gone(request, classifier.classify([upload], deadline))
+    if isinstance(result, Problem):
+        raise result
+    labels = classifier.card.labels
+    predictions = best(
+        result.logits,
+        labels,
+        min(parameters.top_k or DEFAULT_TOP_K, len(labels)),
+        parameters.function_to_apply or "softmax",
+    )
+    answer = [LabelScore(label=p.label, score=p.score) for p in predictions]
+    return Response(_answer.dump_json(answer), media_type="application/json")

@@ -1,0 +1,181 @@
+"""`/v2…`: the Open Inference Protocol, so that the container is a KServe predictor as it stands.
+
+Encoded images go in as the BYTES tensor `image`; out come the best labels with index and score,
+or all probabilities. https://github.com/kserve/open-inference-protocol
+"""
+
+import asyncio
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+
+from app.classifier import Classifier
+from app.documents import EXAMPLE_IMAGE
+from app.errors import InvalidParameter, NoSuchModel, NotReady, Problem
+from app.predictions import softmax
+from app.routes.classify import checked_top_k
+from app.routes.openapi import CLASSIFY_STATUSES, json_content, problems
+from app.service import Service
+from app.tensors import (
+    IMAGE,
+    INDEX,
+    JSON_LENGTH_HEADER,
+    LABEL,
+    PROBABILITIES,
+    SCORE,
+    InferRequest,
+    read_request,
+    write_response,
+)
+from app.uploads import read_body, read_deadline, unless_gone
+
+router = APIRouter(prefix="/v2", tags=["clients"])
+
+_EXAMPLE = {
+    "id": "1",
+    "inputs": [{"name": IMAGE, "shape": [1], "datatype": "BYTES", "data": [EXAMPLE_IMAGE]}],
+    "parameters": {"top_k": 3},
+}
+
+
+@router.get("")
+async def server(request: Request) -> dict[str, Any]:
+    """Show what serves, and which extensions of the protocol it knows."""
+    return {
+        "name": "mixer-serve",
+        "version": request.app.version,
+        "extensions": ["binary_tensor_data", "classification"],
+    }
+
+
+@router.get("/health/live", responses=problems(503))
+async def live(request: Request) -> dict[str, bool]:
+    """Say whether this process need not be replaced, as `/livez` does."""
+    service: Service = request.app.state.service
+    if not service.classifier.is_live:
+        raise NotReady("The engine fails on every batch; replace this process.")
+    return {"live": True}
+
+
+@router.get("/health/ready", responses=problems(503))
+async def ready(request: Request) -> dict[str, bool]:
+    """Say whether a balancer may send requests, as `/readyz` does."""
+    service: Service = request.app.state.service
+    if not service.is_ready:
+        raise NotReady("Draining, or the engine fails on every batch.")
+    return {"ready": True}
+
+
+@router.get("/models/{name}", responses=problems(404, 422))
+@router.get("/models/{name}/versions/{version}", responses=problems(404, 422))
+async def model(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
+    """Show the model's inputs and outputs."""
+    card = _classifier(request, name, version).card
+    return {
+        "name": card.name,
+        "versions": [card.version],
+        "platform": "onnxruntime_onnx",
+        "inputs": [{"name": IMAGE, "datatype": "BYTES", "shape": [-1]}],
+        "outputs": [
+            {"name": LABEL, "datatype": "BYTES", "shape": [-1, -1]},
+            {"name": INDEX, "datatype": "INT64", "shape": [-1, -1]},
+            {"name": SCORE, "datatype": "FP32", "shape": [-1, -1]},
+            {"name": PROBABILITIES, "datatype": "FP32", "shape": [-1, len(card.labels)]},
+        ],
+    }
+
+
+@router.get("/models/{name}/ready", responses=problems(404, 422, 503))
+@router.get("/models/{name}/versions/{version}/ready", responses=problems(404, 422, 503))
+async def model_ready(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
+    """Say whether the model answers."""
+    card = _classifier(request, name, version).card
+    await ready(request)
+    return {"name": card.name, "ready": True}
+
+
+@router.post(
+    "/models/{name}/infer",
+    response_class=Response,
+    responses={
+        200: {
+            "content": {
+                "application/json": {
+                    "example": {
+                        "model_name": "mixer-cifar10",
+                        "model_version": "1f0c2d3e4a5b",
+                        "id": "1",
+                        "outputs": [
+                            {"name": LABEL, "datatype": "BYTES", "shape": [1, 1], "data": ["cat"]}
+                        ],
+                    }
+                }
+            }
+        },
+        **problems(404, *CLASSIFY_STATUSES),
+    },
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": json_content(InferRequest, _EXAMPLE)},
+        }
+    },
+)
+@router.post("/models/{name}/versions/{version}/infer", include_in_schema=False)
+async def infer(request: Request, name: str, version: str | None = None) -> Response:
+    """Classify the images of the BYTES tensor `image`, in JSON as base64 or in binary.
+
+    The parameter `top_k` says how many labels; one bad image fails the request, since the protocol
+    knows no answer for a part of it.
+    """
+    classifier = _classifier(request, name, version)
+    service: Service = request.app.state.service
+    deadline = read_deadline(request, service.settings)
+    with service.admission.body() as budget:
+        body = await read_body(request, service.settings, budget)
+        asked, images = await asyncio.to_thread(
+            read_request, body, request.headers.get(JSON_LENGTH_HEADER)
+        )
+        top_k = checked_top_k(_top_k(asked), classifier)
+        results = await unless_gone(request, classifier.classify(images, deadline))
+    logits = []
+    for result in results:
+        if isinstance(result, Problem):
+            raise result
+        logits.append(result.logits)
+    card = classifier.card
+    head = {"model_name": card.name, "model_version": card.version, "id": asked.id}
+    scores = np.stack([softmax(row) for row in logits])  # [images, classes]
+    answer, json_length = write_response(
+        {name: value for name, value in head.items() if value is not None},
+        asked.wanted,
+        scores,
+        card.labels,
+        top_k,
+    )
+    if json_length is None:
+        return Response(answer, media_type="application/json")
+    return Response(
+        answer,
+        media_type="application/octet-stream",
+        headers={JSON_LENGTH_HEADER: str(json_length)},
+    )
+
+
+def _classifier(request: Request, name: str, version: str | None) -> Classifier:
+    """Return the classifier, if the client names its model."""
+    classifier: Classifier = request.app.state.service.classifier
+    card = classifier.card
+    if name != card.name or version not in (None, card.version):
+        raise NoSuchModel(f"The model here is {card.name}, version {card.version}.")
+    return classifier
+
+
+def _top_k(asked: InferRequest) -> int | None:
+    top_k = asked.parameters.get("top_k")
+    if top_k is None:
+        return None
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
+        raise InvalidParameter("top_k must be a positive whole number.")
+    return top_k

@@ -1,0 +1,130 @@
+"""Spans for an OpenTelemetry collector, where the extra `otel` and a collector's address are there.
+
+Everything is set by OpenTelemetry's own variables (`OTEL_EXPORTER_OTLP_ENDPOINT` and the others).
+Spans are made when a request is over, from the times its trace has noted: until then they cost
+nothing, and the IDs are those of the log and of `traceparent`.
+"""
+
+import logging
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from app.trace import SAMPLED, Trace
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
+    from opentelemetry.sdk.trace.sampling import Sampler
+    from opentelemetry.trace import SpanContext
+
+logger = logging.getLogger(__name__)
+
+_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+
+
+class Spans:
+    """Turns finished requests into spans; `exporter` makes one, or None."""
+
+    def __init__(self, processor: "SpanProcessor", sampler: "Sampler", resource: Any) -> None:
+        self._processor = processor
+        self._sampler = sampler
+        self._resource = resource
+
+    def export(self, trace: Trace, method: str, route: str, status: int) -> None:
+        """Hand over a request's span, with one below it for each stage of its slowest image."""
+        from opentelemetry.trace import SpanContext, SpanKind, TraceFlags
+
+        if not self._is_sampled(trace, route):
+            return
+        now = time.perf_counter()
+        # Stages are noted on a clock without a date; spans want one.
+        epoch_ns = time.time_ns() - int(now * 1e9)
+        identity = int(trace.trace_id, 16)
+        flags = TraceFlags(SAMPLED)
+        context = SpanContext(identity, int(trace.span_id, 16), is_remote=False, trace_flags=flags)
+        parent = None
+        if trace.parent is not None:
+            parent = SpanContext(identity, int(trace.parent.span_id, 16), is_remote=True)
+
+        def hand_over(
+            name: str,
+            own: "SpanContext",
+            above: "SpanContext | None",
+            start: float,
+            end: float,
+            **details: Any,
+        ) -> None:
+            span = self._span(
+                name,
+                context=own,
+                parent=above,
+                start_time=epoch_ns + int(start * 1e9),
+                end_time=epoch_ns + int(end * 1e9),
+                **details,
+            )
+            self._processor.on_end(span)
+
+        hand_over(
+            f"{method} {route}",
+            context,
+            parent,
+            trace.started,
+            now,
+            kind=SpanKind.SERVER,
+            attributes={
+                "http.request.method": method,
+                "http.route": route,
+                "http.response.status_code": status,
+                "mixer.request_id": trace.request_id,
+                "mixer.images": trace.images,
+            },
+        )
+        if trace.stages is None:
+            return
+        stages = trace.stages
+        for name, start, end in (
+            ("decode", stages.decoding, stages.decoded),
+            ("queue", stages.decoded, stages.inferring),
+            ("infer", stages.inferring, stages.inferred),
+        ):
+            own_id = int.from_bytes(os.urandom(8), "big")
+            own = SpanContext(identity, own_id, is_remote=False, trace_flags=flags)
+            hand_over(name, own, context, start, end)
+
+    def close(self) -> None:
+        """Send what is left; blocks for as long as OpenTelemetry's own limits allow."""
+        self._processor.shutdown()
+
+    def _is_sampled(self, trace: Trace, route: str) -> bool:
+        if trace.parent is not None:
+            return bool(trace.flags & SAMPLED)
+        decision = self._sampler.should_sample(None, int(trace.trace_id, 16), route).decision
+        return bool(decision.is_sampled())  # type: ignore[no-untyped-call] # of the SDK
+
+    def _span(self, name: str, **details: Any) -> "ReadableSpan":
+        from opentelemetry.sdk.trace import ReadableSpan
+
+        return ReadableSpan(name, resource=self._resource, **details)
+
+
+def exporter() -> Spans | None:
+    """Return what exports spans, or None if no collector is named or the extra is missing."""
+    if not any(os.environ.get(name) for name in _ENDPOINTS):
+        return None
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError:
+        logger.warning(
+            "no spans: a collector is named, but pip install 'mixer-serve[otel]' is missing"
+        )
+        return None
+    resource = Resource.create()
+    if str(resource.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):
+        resource = resource.merge(Resource({SERVICE_NAME: "mixer-serve"}))
+    sampler = TracerProvider(resource=resource, shutdown_on_exit=False).sampler
+    return Spans(BatchSpanProcessor(OTLPSpanExporter()), sampler, resource)

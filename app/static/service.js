@@ -1,0 +1,50 @@
+// Requests to the service that served this page, and its answers in plain form.
+
+const TRIES = 4;
+const LONGEST_WAIT_S = 10;
+
+export function keepKey(key) {
+  sessionStorage.setItem("key", key);
+}
+
+/**
+ * Ask the service. Busy answers are tried again after their Retry-After.
+ * @returns {Promise<{body?: any, blob?: Blob, timing: Map<string, number>, problem?: object}>}
+ */
+export async function request(path, options) {
+  const key = sessionStorage.getItem("key");
+  const headers = { ...options.headers, ...(key ? { "X-API-Key": key } : {}) };
+  for (let attempt = 1; ; attempt += 1) {
+    let answer;
+    try {
+      answer = await fetch(new URL(path, document.baseURI), { ...options, headers });
+    } catch {
+      return { timing: new Map(), problem: { status: 0, detail: "The service cannot be reached." } };
+    }
+    if ((answer.status === 429 || answer.status === 503) && attempt < TRIES) {
+      const seconds = Number(answer.headers.get("Retry-After")) || 1;
+      await new Promise((done) => setTimeout(done, Math.min(seconds, LONGEST_WAIT_S) * 1000));
+      continue;
+    }
+    return read(answer);
+  }
+}
+
+async function read(answer) {
+  const timing = parseTiming(answer.headers.get("Server-Timing") ?? "");
+  const type = answer.headers.get("Content-Type") ?? "";
+  if (answer.ok && type.startsWith("image/")) return { timing, blob: await answer.blob() };
+  try {
+    const body = await answer.json();
+    return answer.ok ? { timing, body } : { timing, problem: body };
+  } catch {
+    // Not ours: something between the browser and the service has answered.
+    const detail = `The answer cannot be read (status ${answer.status}).`;
+    return { timing, problem: { status: answer.status, detail } };
+  }
+}
+
+function parseTiming(header) {
+  const stages = header.matchAll(/(\w+);dur=([\d.]+)/g);
+  return new Map([...stages].map(([, name, milliseconds]) => [name, Number(milliseconds)]));
+}

@@ -1,0 +1,187 @@
+"""Tensors of the Open Inference Protocol v2, as JSON and in its binary extension.
+
+https://github.com/kserve/open-inference-protocol and, for the binary form,
+https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md:
+the body is JSON, then the raw tensors in the order of their mention; the header
+`Inference-Header-Content-Length` says where the JSON ends.
+"""
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.documents import decode_base64, parse_document
+from app.errors import InvalidParameter
+
+JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
+IMAGE, LABEL, INDEX, SCORE, PROBABILITIES = "image", "label", "index", "score", "probabilities"
+OutputName = Literal["label", "index", "score", "probabilities"]
+_DATATYPES = {LABEL: "BYTES", INDEX: "INT64", SCORE: "FP32", PROBABILITIES: "FP32"}
+_LENGTH = struct.Struct("<I")  # before each element of a BYTES tensor
+
+
+class InputTensor(BaseModel):
+    """Encoded images: BYTES, in JSON as base64."""
+
+    name: Literal["image"]
+    shape: list[int] = Field(max_length=8)
+    datatype: Literal["BYTES"]
+    parameters: dict[str, Any] = {}
+    data: list[Any] | None = None
+
+
+class OutputRequest(BaseModel):
+    """One output that the client wants, and how."""
+
+    name: OutputName
+    parameters: dict[str, Any] = {}
+
+
+class InferRequest(BaseModel):
+    """The JSON part of a request."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    id: str | None = None
+    parameters: dict[str, Any] = {}
+    inputs: list[InputTensor] = Field(min_length=1, max_length=1)
+    outputs: list[OutputRequest] | None = None
+
+    @property
+    def wanted(self) -> list[OutputRequest]:
+        """The outputs asked for; without a wish, the best labels."""
+        if self.outputs:
+            return self.outputs
+        binary = {"binary_data": bool(self.parameters.get("binary_data_output"))}
+        return [OutputRequest(name=n, parameters=binary) for n in ("label", "index", "score")]
+
+
+def read_request(body: bytes, json_length: str | None) -> tuple[InferRequest, list[bytes]]:
+    """Return the request and its encoded images.
+
+    Raises:
+        MalformedJson, InvalidParameter: not a request of the protocol.
+    """
+    length = len(body)
+    if json_length is not None:
+        if not (json_length.isdecimal() and int(json_length) <= length):
+            raise InvalidParameter(f"{JSON_LENGTH_HEADER} must be a number up to the body's size.")
+        length = int(json_length)
+    request = parse_document(memoryview(body)[:length], InferRequest)
+    [tensor] = request.inputs
+    size = tensor.parameters.get("binary_data_size")
+    if size is not None:
+        if size != len(body) - length:
+            raise InvalidParameter("binary_data_size differs from what follows the JSON.")
+        images = _split(body[length:])
+    else:
+        images = [_image(element) for element in _flat(tensor.data or [])]
+    if not images:
+        raise InvalidParameter("The input 'image' is empty.")
+    if min(tensor.shape, default=0) < 0 or math.prod(tensor.shape) != len(images):
+        raise InvalidParameter(f"The shape {tensor.shape} does not hold {len(images)} images.")
+    return request, images
+
+
+def write_response(
+    head: dict[str, Any],
+    wanted: Sequence[OutputRequest],
+    scores: NDArray[np.float64],
+    labels: tuple[str, ...],
+    top_k: int,
+) -> tuple[bytes, int | None]:
+    """Return the body, and the length of its JSON if tensors follow in binary.
+
+    `scores` are the probabilities, float64 [images, classes].
+    """
+    outputs, tail = [], []
+    for output in wanted:
+        datatype = _DATATYPES[output.name]
+        values = _values(output, scores, labels, top_k)  # [images, top_k or classes]
+        if values.dtype == object:
+            datatype = "BYTES"
+        tensor: dict[str, Any] = {
+            "name": output.name,
+            "datatype": datatype,
+            "shape": list(values.shape),
+        }
+        if output.parameters.get("binary_data"):
+            raw = _joined(values) if datatype == "BYTES" else values.tobytes()
+            tensor["parameters"] = {"binary_data_size": len(raw)}
+            tail.append(raw)
+        else:
+            tensor["data"] = values.reshape(-1).tolist()
+        outputs.append(tensor)
+    text = _Outputs.model_validate({**head, "outputs": outputs}).model_dump_json().encode()
+    return b"".join([text, *tail]), len(text) if tail else None
+
+
+class _Outputs(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+def _values(
+    output: OutputRequest, scores: NDArray[np.float64], labels: tuple[str, ...], top_k: int
+) -> NDArray[Any]:
+    """Return one output's values [images, …]; texts as objects."""
+    if output.name == PROBABILITIES and "classification" not in output.parameters:
+        return scores.astype("<f4")
+    if output.name == PROBABILITIES:  # Triton's classification extension: "score:index:label"
+        top_k = _classes(output.parameters["classification"], len(labels))
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
+    best = np.take_along_axis(scores, order, axis=1).astype("<f4")
+    if output.name == INDEX:
+        return order.astype("<i8")
+    if output.name == SCORE:
+        return best
+    if output.name == LABEL:
+        return np.array(labels, object)[order]
+    texts = [
+        [f"{s:f}:{i}:{labels[i]}" for s, i in zip(row, ids, strict=True)]
+        for row, ids in zip(best, order, strict=True)
+    ]
+    return np.array(texts, object)
+
+
+def _classes(count: Any, classes: int) -> int:
+    if not isinstance(count, int) or count < 1:
+        raise InvalidParameter("classification must be a positive whole number.")
+    return min(count, classes)
+
+
+def _split(data: bytes) -> list[bytes]:
+    """Return the elements of a BYTES tensor."""
+    elements, position = [], 0
+    while position < len(data):
+        start = position + _LENGTH.size
+        if start > len(data):
+            break
+        position = start + _LENGTH.unpack_from(data, position)[0]
+        elements.append(data[start:position])
+    if position != len(data):
+        raise InvalidParameter("The binary tensor 'image' is cut off.")
+    return elements
+
+
+def _joined(texts: NDArray[Any]) -> bytes:
+    encoded = [text.encode() for text in texts.reshape(-1)]
+    return b"".join(_LENGTH.pack(len(text)) + text for text in encoded)
+
+
+def _flat(data: list[Any]) -> list[Any]:
+    """Return the elements of a tensor whose rows may be lists of their own."""
+    while data and all(isinstance(row, list) for row in data):
+        data = [element for row in data for element in row]
+    return data
+
+
+def _image(element: Any) -> bytes:
+    try:
+        return decode_base64(element)
+    except ValueError as error:
+        raise InvalidParameter(f"inputs.0.data: {error}.") from None

@@ -1,0 +1,168 @@
+"""`POST /explain`: which patches speak for the label."""
+
+import asyncio
+import io
+import time
+
+import httpx2
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from tests.app.test_classify import problem
+from tests.conftest import Serve
+from tests.fakes import FakeEngine, encode, make_card, make_image
+from tests.processes import Server
+
+# The fake model's patches are 4 × 4 pixels and its logits the mean color: on a green image with
+# one red corner, that corner alone speaks for red.
+SIDE = 8
+
+
+def corner() -> bytes:
+    """Return a green image whose upper right patch is red."""
+    image = Image.new("RGB", (SIDE, SIDE), (0, 200, 0))
+    image.paste((250, 0, 0), (4, 0, 8, 4))
+    return encode(image)
+
+
+def explain(client: TestClient, image: bytes, **query: int) -> httpx2.Response:
+    """Ask why `image` is what it is."""
+    return client.post("/explain", content=image, params=query)
+
+
+def test_grid_points_at_the_patch(client: TestClient) -> None:
+    """Hiding the only patch that shows a label costs most, hiding the others gains."""
+    answer = explain(client, corner(), index=0)
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    assert found["prediction"]["label"] == "red"
+    assert found["cell_pixels"] == 4
+    grid = np.array(found["importance"])
+    assert grid.shape == (2, 2)
+    assert grid.argmax() == 1
+    assert grid[0, 1] > 0 > max(grid[0, 0], grid[1, 0], grid[1, 1])
+
+
+def test_best_label_is_explained_by_default(client: TestClient) -> None:
+    """Without an index the best label is explained, with the score that `/classify` gives it."""
+    found = explain(client, corner()).json()
+    [best] = client.post("/classify?top_k=1", content=corner()).json()["predictions"]
+    assert found["prediction"] == best
+    assert found["importance"][0][1] < 0
+
+
+def test_png(client: TestClient) -> None:
+    """With `Accept: image/png` the model's view comes back, bright where it matters."""
+    answer = client.post("/explain?index=0", content=corner(), headers={"Accept": "image/png"})
+    assert answer.headers["content-type"] == "image/png"
+    image = Image.open(io.BytesIO(answer.content)).convert("RGB")
+    assert image.width == image.height >= 448
+    third, far = image.width // 6, image.width - image.width // 6
+    assert image.getpixel((far, third)) == pytest.approx((250, 0, 0), abs=12)
+    green = image.getpixel((third, far))
+    assert isinstance(green, tuple)
+    assert green[1] < 100  # darkened, and drained of its color
+
+
+def test_inferences_are_bounded(serve: Serve) -> None:
+    """A fine grid is hidden in larger cells, so that one explanation costs at most 256 images."""
+    engine = FakeEngine(card=make_card(image_size=4 * 40))
+    client = serve(engine)
+    engine.batches.clear()
+    found = explain(client, make_image(side=160)).json()
+    assert len(found["importance"]) == 14
+    assert found["cell_pixels"] == 12
+    assert sum(engine.batches) == 14 * 14 + 1
+
+
+def test_slow_engine_gets_larger_cells(serve: Serve) -> None:
+    """Where an inference is slow, fewer and larger cells keep the explanation in its budget."""
+    engine = FakeEngine(card=make_card(image_size=4 * 12), seconds=0.2)
+    client = serve(engine, max_batch=1)
+    found = explain(client, make_image(side=48)).json()
+    assert len(found["importance"]) == 3
+
+
+def test_bad_index(client: TestClient) -> None:
+    """An index outside the model's labels is a 422 problem."""
+    for index in (3, -1):
+        assert "index" in problem(explain(client, corner(), index=index), 422)["detail"]
+
+
+def test_bad_image(client: TestClient) -> None:
+    """A bad upload is the same problem as on `/classify`."""
+    problem(explain(client, b"hello"), 415)
+    problem(explain(client, b""), 400)
+
+
+def test_one_at_a_time_and_last_in_line(serve: Serve) -> None:
+    """A second explanation is refused with 429, while requests overtake the first."""
+    engine = FakeEngine(card=make_card(image_size=4 * 12))
+    client = serve(engine, max_batch=4)
+    engine.seconds = 0.03
+    image = make_image(side=48)
+
+    async def run() -> tuple[httpx2.Response, httpx2.Response, httpx2.Response, float, float]:
+        async with httpx2.AsyncClient(
+            transport=httpx2.ASGITransport(client.app), base_url="http://test"
+        ) as other:
+            start = time.monotonic()
+            first = asyncio.create_task(other.post("/explain", content=image))
+            await asyncio.sleep(0.15)
+            second = await other.post("/explain", content=image)
+            asked = time.monotonic()
+            passing = await other.post("/classify", content=image)
+            passed_s = time.monotonic() - asked
+            explained = await first
+            return explained, second, passing, passed_s, time.monotonic() - start
+
+    assert client.portal is not None
+    explained, second, passing, passed_s, explained_s = client.portal.call(run)
+    assert explained.status_code == passing.status_code == 200
+    assert "retry-after" in second.headers
+    problem(second, 429)
+    assert passed_s < explained_s / 3
+    assert explain(client, image).status_code == 200
+
+
+def test_refused_while_requests_wait(serve: Serve) -> None:
+    """A service whose queue is long has no time to explain: 429."""
+    engine = FakeEngine(seconds=0.1)
+    client = serve(engine, max_batch=1)
+
+    async def run() -> httpx2.Response:
+        async with httpx2.AsyncClient(
+            transport=httpx2.ASGITransport(client.app), base_url="http://test"
+        ) as other:
+            waiting = [
+                asyncio.create_task(other.post("/classify", content=make_image())) for _ in range(5)
+            ]
+            await asyncio.sleep(0.05)
+            answer = await other.post("/explain", content=corner())
+            await asyncio.gather(*waiting)
+            return answer
+
+    assert client.portal is not None
+    problem(client.portal.call(run), 429)
+
+
+def test_deadline(serve: Serve) -> None:
+    """An explanation that finds no spare time before its deadline is a 504 problem."""
+    engine = FakeEngine(card=make_card(image_size=4 * 12))
+    client = serve(engine, max_batch=1)
+    engine.seconds = 0.05
+    answer = client.post(
+        "/explain", content=make_image(side=48), headers={"X-Request-Timeout-Ms": "400"}
+    )
+    problem(answer, 504)
+    engine.seconds = 0
+    assert client.post("/classify", content=make_image()).status_code == 200
+
+
+def test_embedded_model(live: Server) -> None:
+    """The embedded model explains a picture in a grid of its 8 × 8 patches."""
+    pixels = np.random.default_rng(7).integers(0, 255, (40, 60, 3), np.uint8)
+    answer = httpx2.post(f"{live.url}/explain", content=encode(Image.fromarray(pixels)), timeout=30)
+    assert np.array(answer.json()["importance"]).shape == (8, 8)

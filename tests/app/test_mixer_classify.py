@@ -1,0 +1,272 @@
+"""The command `mixer-classify`, against a running server and a model file."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.processes import ROOT, Server, serving
+
+MODEL = str(ROOT / "app" / "models" / "mixer-cifar10.onnx")
+
+
+def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "app.client.command", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with four images, one of them deeper, and a text."""
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    names = ("a.png", "b.PNG", "c, d.png", "deep/e.bmp")
+    for number, name in enumerate(names):
+        pixels = np.random.default_rng(number).integers(0, 255, (6, 8, 3), np.uint8)
+        Image.fromarray(pixels).resize((64, 48)).save(folder / name)
+    (folder / "notes.txt").write_text("hello")
+    return folder
+
+
+def by_name(text: str) -> dict[str, dict[str, object]]:
+    """Return JSON lines by file name."""
+    return {Path(row["path"]).name: row for row in map(json.loads, text.splitlines())}
+
+
+def test_server_and_model_agree(live: Server, folder: Path) -> None:
+    """A folder through a server and through the model file gives the labels of `/classify`."""
+    remote = run(live.url, folder, "--format", "jsonl", "--top-k", 2)
+    local = run(MODEL, folder, "--format", "jsonl", "--top-k", 2)
+    assert remote.returncode == local.returncode == 0, remote.stderr + local.stderr
+    found = by_name(remote.stdout)
+    assert set(found) == {"a.png", "b.PNG", "c, d.png", "e.bmp"}
+    data = (folder / "a.png").read_bytes()
+    answer = httpx2.post(f"{live.url}/classify?top_k=2", content=data).json()
+    assert found["a.png"]["predictions"] == answer["predictions"]
+    for name, row in by_name(local.stdout).items():
+        for mine, theirs in zip(row["predictions"], found[name]["predictions"], strict=True):  # type: ignore[call-overload] # JSON
+            assert mine["label"] == theirs["label"]
+            assert mine["score"] == pytest.approx(theirs["score"], abs=1e-5)
+
+
+def test_table(live: Server, folder: Path) -> None:
+    """By default a table names each file and its labels, in the order of the files."""
+    done = run(live.url, folder / "b.PNG", folder / "a.png", "--top-k", 1)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        str(folder / "b.PNG"),
+        str(folder / "a.png"),
+    ]
+    assert done.stdout.count("%") == 2
+    assert done.stderr == ""
+
+
+def test_csv(live: Server, folder: Path) -> None:
+    """CSV has a header and a row per file, whatever is in its name."""
+    file = folder / "out.csv"
+    done = run(live.url, folder, "--format", "csv", "--top-k", 2, "-o", file)
+    assert done.returncode == 0, done.stderr
+    with file.open(newline="") as stream:
+        header, *rows = csv.reader(stream)
+    assert header == ["path", "model", "label_1", "score_1", "label_2", "score_2", "error"]
+    assert {Path(row[0]).name for row in rows} == {"a.png", "b.PNG", "c, d.png", "e.bmp"}
+    assert all(float(row[3]) >= float(row[5]) for row in rows)
+
+
+def test_globs(live: Server, folder: Path) -> None:
+    """A glob means the files it matches, each once, however often they are named."""
+    done = run(live.url, folder / "*.png", folder / "a.png", "--format", "jsonl")
+    assert set(by_name(done.stdout)) == {"a.png", "c, d.png"}
+    assert len(done.stdout.splitlines()) == 2
+    deep = run(live.url, "**/*.bmp", "--format", "jsonl", cwd=folder)
+    assert set(by_name(deep.stdout)) == {"e.bmp"}
+
+
+@pytest.mark.parametrize("target", ["server", "model"])
+def test_bad_image(live: Server, folder: Path, target: str) -> None:
+    """A bad image is a row with its error, the others are classified, and the exit code is 1."""
+    where = live.url if target == "server" else MODEL
+    done = run(where, folder / "notes.txt", folder / "a.png", "--format", "jsonl")
+    assert done.returncode == 1
+    found = by_name(done.stdout)
+    assert "not a JPEG" in str(found["notes.txt"]["error"])
+    assert "error" not in found["a.png"]
+
+
+@pytest.mark.parametrize("output_format", ["jsonl", "csv"])
+def test_resume(live: Server, folder: Path, output_format: str) -> None:
+    """A run goes on where it stopped: rows that are there stay, failures and a cut-off line go."""
+    file = folder / "out"
+    options = ["--format", output_format, "-o", file, "--top-k", 1]
+    run(live.url, folder / "a.png", folder / "notes.txt", *options)
+    first = file.read_text().splitlines()
+    with file.open("a") as stream:
+        stream.write('{"path": "half a li' if output_format == "jsonl" else '"half a')
+    done = run(live.url, folder, *options)
+    assert done.returncode == 0, done.stderr
+    lines = file.read_text().splitlines()
+    header = 0 if output_format == "jsonl" else 1
+    kept = [line for line in first if "a.png" in line]
+    assert kept[0] in lines
+    assert len(lines) == header + 4
+    assert "notes.txt" not in file.read_text()
+    assert "half" not in file.read_text()
+    before = file.read_text()
+    assert run(live.url, folder, *options).returncode == 0
+    assert file.read_text() == before
+
+
+def test_resume_needs_the_same_model(live: Server, folder: Path) -> None:
+    """Results of another model are not mixed in, unless the file is to begin anew."""
+    file = folder / "out.jsonl"
+    row = {"path": "x", "model": "other@1", "predictions": []}
+    file.write_text(json.dumps(row) + "\n")
+    options = [live.url, folder, "--format", "jsonl", "-o", file]
+    done = run(*options)
+    assert done.returncode == 2
+    assert "other@1" in done.stderr
+    assert run(*options, "--overwrite").returncode == 0
+    assert len(file.read_text().splitlines()) == 4
+
+
+def test_interrupted(tmp_path: Path) -> None:
+    """Ctrl+C leaves whole lines behind, and the next run does only the rest."""
+    for number in range(40):
+        Image.new("RGB", (32, 32), (number * 6, 0, 0)).save(tmp_path / f"{number:02}.png")
+    file = tmp_path / "out.jsonl"
+    with busy_server(delay_s=0.1) as (url, asked):
+        options = [url, tmp_path, "--format", "jsonl", "-o", file, "--concurrency", 2]
+        command = [sys.executable, "-m", "app.client.command", *map(str, options)]
+        process = subprocess.Popen(command, cwd=ROOT)
+        while not (file.exists() and file.read_text().count("\n") >= 4):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+        done = file.read_text().count("\n")
+        assert 4 <= done < 40
+        asked.clear()
+        assert run(*options).returncode == 0
+        assert len(asked) == 40 - done
+    assert len(by_name(file.read_text())) == 40
+
+
+def test_busy_server(tmp_path: Path) -> None:
+    """A server that answers 429 is asked again, not before its Retry-After."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    with busy_server(refusals=2) as (url, asked):
+        done = run(url, tmp_path, "--format", "jsonl")
+    assert done.returncode == 0, done.stderr
+    assert len(asked) == 3
+    assert asked[1] - asked[0] >= 1
+    assert asked[2] - asked[1] >= 1
+
+
+def test_patience_ends(tmp_path: Path) -> None:
+    """After its retries an image that found no place is a row with the reason."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    with busy_server(refusals=99) as (url, asked):
+        done = run(url, tmp_path, "--format", "jsonl", "--retries", 1)
+    assert done.returncode == 1
+    assert "busy" in done.stdout
+    assert len(asked) == 2
+
+
+def test_concurrency_is_bounded(tmp_path: Path) -> None:
+    """No more requests are under way than `--concurrency` says."""
+    for number in range(12):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    with busy_server(delay_s=0.2) as (url, asked):
+        run(url, tmp_path, "--concurrency", 3)
+    starts = sorted(asked)
+    assert all(later - earlier >= 0.15 for earlier, later in zip(starts, starts[3:], strict=False))
+    assert starts[2] - starts[0] < 0.15
+
+
+def test_api_key(folder: Path, tmp_path: Path) -> None:
+    """The key comes from a file; without one, the server's wish is one plain line."""
+    keys = tmp_path / "keys"
+    keys.write_text("open sesame\n")
+    with serving(tmp_path / "log", "--api-keys-file", str(keys)) as server:
+        without = run(server.url, folder)
+        assert without.returncode == 2
+        assert "--api-key-file" in without.stderr
+        assert run(server.url, folder, "--api-key-file", keys).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("http://127.0.0.1:9", "FOLDER", "--retries", "1"), "127.0.0.1:9"),
+        (("no-such-model.onnx", "FOLDER"), "no such file"),
+        ((MODEL, "nowhere"), "no image there"),
+        ((MODEL, "nowhere/*.jpg"), "no image there"),
+    ],
+)
+def test_useless(folder: Path, arguments: tuple[str, ...], word: str) -> None:
+    """What makes a run impossible is one plain line and exit code 2."""
+    done = run(*(str(folder) if one == "FOLDER" else one for one in arguments))
+    assert done.returncode == 2
+    assert word in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@contextmanager
+def busy_server(refusals: int = 0, delay_s: float = 0.0) -> Iterator[tuple[str, list[float]]]:
+    """Serve answers of our form, the first so many of them 429; yield address and request times."""
+    asked: list[float] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._answer(200, {"name": "busy", "version": "1", "labels": ["x"]})
+
+        def do_POST(self) -> None:
+            asked.append(time.monotonic())
+            self.rfile.read(int(self.headers["Content-Length"]))
+            if len(asked) <= refusals:
+                self._answer(429, {"detail": "busy"})
+                return
+            time.sleep(delay_s)
+            self._answer(200, {"predictions": [{"label": "x", "index": 0, "score": 1.0}]})
+
+        def _answer(self, status: int, body: dict[str, object]) -> None:
+            content = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Retry-After", "1")
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

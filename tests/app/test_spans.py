@@ -1,0 +1,100 @@
+"""Spans in a collector, through the extra `otel`."""
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.fakes import make_image
+from tests.live import log_lines
+from tests.processes import serving
+
+pytest.importorskip("opentelemetry.sdk", reason="the extra otel is not installed")
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-0"
+
+
+@pytest.fixture
+def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Return the spans, with their resource, that arrive at a collector of our own."""
+    spans: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            message = ExportTraceServiceRequest.FromString(body)
+            for one in message.resource_spans:
+                for scope in one.scope_spans:
+                    spans.extend((span, one.resource) for span in scope.spans)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+    yield spans
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def wait_for(spans: list[Any], name: str) -> Any:
+    """Return span and resource of `name` once it has arrived."""
+    for _ in range(200):
+        for span, resource in list(spans):
+            if span.name == name:
+                return span, resource
+        threading.Event().wait(0.05)
+    raise AssertionError(f"no span {name} among {[span.name for span, _ in spans]}")
+
+
+def test_request_and_its_stages(collector: list[Any], tmp_path: Path) -> None:
+    """A request is a span below its caller's, its stages are spans below it, in their order."""
+    with serving(tmp_path / "log") as server:
+        httpx2.post(
+            f"{server.url}/classify",
+            content=make_image(),
+            headers={"traceparent": f"{PARENT}1", "X-Request-ID": "traced"},
+        )
+        span, resource = wait_for(collector, "POST /classify")
+        stages = [wait_for(collector, name)[0] for name in ("decode", "queue", "infer")]
+        [line] = log_lines(server, "traced")
+    assert span.trace_id.hex() == line["trace_id"] == PARENT[3:35]
+    assert span.span_id.hex() == line["span_id"]
+    assert span.parent_span_id.hex() == PARENT[36:52]
+    values = {one.key: one.value for one in span.attributes}
+    assert values["http.response.status_code"].int_value == 200
+    assert values["mixer.request_id"].string_value == "traced"
+    names = {one.key: one.value.string_value for one in resource.attributes}
+    assert names["service.name"] == "mixer-serve"
+    assert all(stage.parent_span_id == span.span_id for stage in stages)
+    times = [t for stage in stages for t in (stage.start_time_unix_nano, stage.end_time_unix_nano)]
+    assert [span.start_time_unix_nano, *times, span.end_time_unix_nano] == sorted(
+        [span.start_time_unix_nano, *times, span.end_time_unix_nano]
+    )
+
+
+def test_caller_that_does_not_sample(collector: list[Any], tmp_path: Path) -> None:
+    """A caller whose trace is not sampled gets no spans; one without a trace does."""
+    with serving(tmp_path / "log") as server:
+        httpx2.get(f"{server.url}/model", headers={"traceparent": f"{PARENT}0"})
+        httpx2.get(f"{server.url}/livez")
+        wait_for(collector, "GET /livez")
+    assert "GET /model" not in [span.name for span, _ in collector]
+
+
+def test_without_a_collector(tmp_path: Path) -> None:
+    """Without a collector's address no line of the log names a trace."""
+    with serving(tmp_path / "log") as server:
+        httpx2.get(f"{server.url}/livez", headers={"X-Request-ID": "plain"})
+        assert "trace_id" not in log_lines(server, "plain")[0]

@@ -1,0 +1,1 @@
+"""Three real replicas behind a real balancer: restarts, deaths, stalls and overload."""
