@@ -22,8 +22,8 @@ from app.cpus import available_cpus
 from app.engine import OnnxEngine
 from app.errors import StartupError
 from app.model_card import Golden, ModelCard, Preprocessing, read_metadata, write_metadata
-from model_export import dataset, ridge
-from model_export.dataset import Pictures
+from model_export import dataset, decoded, ridge
+from model_export.decoded import Pictures
 from model_export.errors import ExportError
 from model_export.ridge import Head
 from model_export.samples import photo_like
@@ -77,7 +77,7 @@ def adapt(source: str, data: Path, output: Path, name: str | None) -> Adapted:
         card, golden = read_metadata({p.key: p.value for p in base.metadata_props})
         fed = card.preprocessing
         whole = fed.model_copy(update={"patch_size": fed.image_size})
-        train, test, skipped = dataset.load(listing, whole, whole, output.parent, available_cpus())
+        train, test, skipped = decoded.load(listing, whole, whole, output.parent, available_cpus())
     for bad in skipped[:_SHOWN]:
         sys.stderr.write(f"mixer-train: skipped {bad.name}: {bad.reason}\n")
     if len(skipped) > _SHOWN:

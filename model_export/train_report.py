@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from model_export import recipe
-from model_export.dataset import Skipped
+from model_export.decoded import Skipped
 from model_export.evaluate import draw_confusion
 from model_export.export import variant
 from model_export.run_folder import RunFolder

@@ -14,8 +14,9 @@ import torch
 from tqdm import tqdm
 
 from app.model_card import Preprocessing
-from model_export import augment, checkpoints, dataset, recipe, train_model, train_report
-from model_export.dataset import Listing, Pictures
+from model_export import augment, checkpoints, dataset, decoded, recipe, train_model, train_report
+from model_export.dataset import Listing
+from model_export.decoded import Pictures, Skipped
 from model_export.errors import ExportError
 from model_export.recipe import Recipe
 from model_export.run_folder import RunFolder
@@ -174,11 +175,11 @@ def _decode(
     rules: Recipe,
     preprocessing: Preprocessing,
     folder: RunFolder,
-) -> tuple[Pictures, Pictures, list[dataset.Skipped]]:
+) -> tuple[Pictures, Pictures, list[Skipped]]:
     side = preprocessing.image_size
     stored = augment.stored_side(side, rules)
     whole = {"image_size": stored, "patch_size": stored, "crop_fraction": 1.0}
-    train, test, skipped = dataset.load(
+    train, test, skipped = decoded.load(
         listing,
         preprocessing.model_copy(update=whole),
         preprocessing.model_copy(update={"patch_size": side}),

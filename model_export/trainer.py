@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from app.model_card import Preprocessing
 from model_export import augment
-from model_export.dataset import Pictures
+from model_export.decoded import Pictures
 from model_export.mixer import Mixer
 from model_export.randaugment import randaugment
 from model_export.recipe import Recipe

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model_export import cli, dataset, trainer
+from model_export import cli, decoded, trainer
 from model_export.evaluate import evaluate
 from model_export.train import main
 
@@ -171,7 +171,7 @@ def test_large_data_lies_in_a_file(
     run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pictures beyond the limit on memory lie on disk, teach the same, and leave nothing there."""
-    monkeypatch.setattr(dataset, "MEMORY_BYTES", 0)
+    monkeypatch.setattr(decoded, "MEMORY_BYTES", 0)
     output = tmp_path / "run"
     assert main([str(images), "-o", str(output), *QUICK, *MILD]) == 0
     weights = "model.safetensors"
