@@ -3,6 +3,7 @@
 A recipe file is TOML with these names as keys; on the command line each is a flag.
 """
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -49,8 +50,11 @@ class Recipe(BaseModel):
     lr: float = Field(default=1e-3, gt=0, description="highest learning rate")
     min_lr: float = Field(default=0.0, ge=0, description="learning rate at the end")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="Adam's second decay rate")
-    warmup_epochs: float = Field(
-        default=5.0, ge=0, description="linear rise of the learning rate; the paper's 10k steps"
+    warmup_epochs: float | None = Field(
+        default=None,
+        ge=0,
+        description="linear rise of the learning rate (default: a tenth of the run, as the paper's "
+        "10k steps are of its 94k)",
     )
     decay: Literal["cosine", "linear"] = Field(
         default="linear", description="fall of the learning rate after the warm-up"
@@ -132,9 +136,8 @@ def to_toml(recipe: Recipe) -> str:
     for name, value in recipe.model_dump(exclude_none=True).items():
         if fixed and name in DIMENSIONS:
             continue
-        text = str(value).lower() if isinstance(value, bool) else value
-        # A JSON string without control characters is a TOML basic string.
-        lines.append(f'{name} = "{text}"' if isinstance(value, str) else f"{name} = {text}")
+        # JSON writes numbers, booleans and strings as TOML does.
+        lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
     return "\n".join(lines) + "\n"
 
 

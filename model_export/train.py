@@ -105,7 +105,8 @@ def _add_field(group: Any, name: str, field: FieldInfo) -> None:
         for choice in get_args(part)
         if isinstance(choice, str)
     ]
-    kind = field.annotation if field.annotation in (int, float) else str
+    kinds = {field.annotation, *get_args(field.annotation)}
+    kind = next((kind for kind in (int, float) if kind in kinds), str)
     if choices:
         group.add_argument(flag, choices=choices, help=text)
     else:

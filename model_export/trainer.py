@@ -128,7 +128,9 @@ class Trainer:
     def learning_rate(self) -> float:
         """Return this step's: a linear warm-up, then a cosine or a line down to the lowest."""
         recipe = self.recipe
-        warmup = round(recipe.warmup_epochs * self.epoch_steps)
+        tenth = recipe.epochs / 10
+        epochs = tenth if recipe.warmup_epochs is None else recipe.warmup_epochs
+        warmup = round(epochs * self.epoch_steps)
         if self.step < warmup:
             return recipe.lr * (self.step + 1) / warmup
         done = min(1.0, (self.step - warmup) / max(1, self.steps - warmup))
