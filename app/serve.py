@@ -18,6 +18,8 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from app import tune
+from app.cuda import GpuOptions
 from app.engine import OnnxEngine
 from app.errors import StartupError
 from app.logs import configure
@@ -39,9 +41,12 @@ SPARE_DESCRIPTORS = 128
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until told to stop; return the exit code."""
+    """Serve until told to stop, or `tune`; return the exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words and words[0] == "tune":
+        return tune.main(words[1:])
     try:
-        settings = read_settings(sys.argv[1:] if arguments is None else arguments)
+        settings = read_settings(words)
         configure(settings.log_level, settings.log_format)
         # It tells of every malformed form, and at debug of what is in it.
         logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
@@ -49,7 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
         listener = _bind(settings)
         _allow_descriptors(settings)
-        engine = OnnxEngine(settings.model, settings.device, settings.threads)
+        engine = OnnxEngine(
+            settings.model,
+            settings.device,
+            settings.threads,
+            max_batch=settings.max_batch,
+            gpu=GpuOptions(settings.gpu_memory_mib, settings.tensorrt_cache),
+        )
         app = create_app(settings, engine)
     except StartupError as error:
         sys.stderr.write(f"mixer-serve: {' '.join(str(error).splitlines())}\n")

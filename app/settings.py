@@ -30,9 +30,22 @@ class Settings(BaseModel):
     model: Path = Field(
         default=EMBEDDED_MODEL, description="ONNX file written by mixer-export convert"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
+    device: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
         default="auto",
-        description="execution provider; cuda never falls back, auto says so when it does",
+        description="execution provider; cuda and tensorrt never fall back, auto tries cuda and "
+        "says so when it falls back",
+    )
+    gpu_memory_mib: int = Field(
+        default=0,
+        ge=0,
+        le=2**20,
+        description="most GPU memory that inference may take, where others share the GPU; "
+        "0 sets no limit",
+    )
+    tensorrt_cache: Path | None = Field(
+        default=None,
+        description="folder where TensorRT keeps its engine, or each start builds it anew "
+        "for minutes",
     )
     host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(
@@ -205,7 +218,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="mixer-serve",
         description="Serve a Mixer that mixer-export wrote. Every flag is also an environment "
-        "variable: --max-batch is MIXER_MAX_BATCH. A flag wins.",
+        "variable: --max-batch is MIXER_MAX_BATCH. A flag wins. `mixer-serve tune MODEL` "
+        "measures which settings suit a model on this machine.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
