@@ -123,6 +123,10 @@ def decode(
         CorruptImage: the header or the content cannot be decoded, or costs too much to decode.
     """
     with _pillow_errors_as_problems(data):
+        if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":
+            # Opening it would already make room for its canvas (WebP container, section VP8X).
+            width, height = (1 + int.from_bytes(data[i : i + 3], "little") for i in (24, 27))
+            _check_pixels(width, height, max_pixels)
         image = Image.open(_Upload(data), formats=FORMATS)
         _check_cost(image, data, max_pixels)  # before draft(), which rewrites the size
         # A photo with a second picture inside (MPO) is to its owner a JPEG.
@@ -156,15 +160,19 @@ def patchify(image: Image.Image, patch_size: int) -> NDArray[np.uint8]:
 
 def _check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
     pixels = image.width * image.height
-    if pixels > max_pixels:
-        raise TooManyPixels(
-            f"The image has {image.width} x {image.height} pixels; at most {max_pixels} are taken."
-        )
+    _check_pixels(image.width, image.height, max_pixels)
     if image.format in ("JPEG", "MPO") and _scans(data) * pixels > MAX_SCAN_PIXELS:
         raise CorruptImage("The JPEG has too many scans for its size.")
     tiles = image.tile if isinstance(image, ImageFile.ImageFile) else ()
     if pixels > MAX_RLE_PIXELS and any(tile.codec_name == "bmp_rle" for tile in tiles):
         raise CorruptImage("The BMP is too large to be run-length coded.")
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise TooManyPixels(
+            f"The image has {width} x {height} pixels; at most {max_pixels} are taken."
+        )
 
 
 def _scans(data: bytes) -> int:

@@ -28,6 +28,9 @@ from app.settings import Settings
 FORM = "multipart/form-data"
 JSON = "application/json"
 RAW = "application/octet-stream"
+# Besides images a form may hold some other fields. Each part costs some 30 µs of the event loop: a
+# form of nothing but parts would hold it for seconds.
+SPARE_PARTS = 16
 TIMEOUT_HEADER = "x-request-timeout-ms"
 Answer = TypeVar("Answer")
 
@@ -154,7 +157,7 @@ async def _read_form(
     boundary = options.get(b"boundary", b"")
     if not boundary:
         raise MalformedForm("The multipart Content-Type names no boundary.")
-    form = _Form(boundary)
+    form = _Form(boundary, settings.queue_size + SPARE_PARTS)
     await _receive(request, settings, budget, form.feed)
     images = form.fields().get(field.encode(), [])
     if not images:
@@ -167,7 +170,8 @@ async def _read_form(
 class _Form:
     """Collects a form's fields as they arrive; file names are never looked at."""
 
-    def __init__(self, boundary: bytes) -> None:
+    def __init__(self, boundary: bytes, max_parts: int) -> None:
+        self._parts_left = max_parts
         self._fields: dict[bytes, list[bytes]] = {}
         self._header = (bytearray(), bytearray())  # name, value
         self._name = b""
@@ -216,6 +220,9 @@ class _Form:
 
     def _begin(self) -> None:
         self._name, self._content = b"", bytearray()
+        self._parts_left -= 1
+        if self._parts_left < 0:
+            raise MalformedForm("The form has more parts than images can be taken.")
 
     def _add(self, which: int, data: bytes) -> None:
         self._header[which].extend(data)

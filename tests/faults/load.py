@@ -107,7 +107,9 @@ class Connection(asyncio.Protocol):
         answer, self.answer = self.answer, None
         answer.status, answer.done = status, time.monotonic()
         self.load.pending -= 1
-        if status > 0 and b"onnection: close" not in answer.head:
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()  # refused before all of it was sent
+        elif status > 0 and b"onnection: close" not in answer.head:
             self.load.idle.add(self)
         else:
             self.transport.close()
