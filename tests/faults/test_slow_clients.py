@@ -9,13 +9,12 @@ import uvloop
 
 from tests.fakes import make_image
 from tests.faults.conftest import Figure, Start
-from tests.faults.load import another_process, dial, get, one, open_loop, percentile, post, read_answer
-    Answer,
-    Load,
-    closed_loop,
+from tests.faults.load import (
+    another_process,
     dial,
     get,
     one,
+    open_loop,
     percentile,
     post,
     read_answer,
@@ -82,7 +81,7 @@ def test_500_trickling_clients(fake: Start, figure: Figure) -> None:
             time.sleep(0.1)
         bodies, headers = cut[::2], cut[1::2]
         figure(
-            f"others' p99 {calm_s * 1000:.1f} ms before, {during_s * 1000:.1f} ms meanwhile; headers "
+            f"others' p99 {calm_s * 1000:.1f} ms, meanwhile {during_s * 1000:.1f}; headers "
             f"cut off at {statistics.median(s for s, _ in headers):.1f} s, bodies at "
             f"{statistics.median(s for s, _ in bodies):.1f} s; "
             f"{server.descriptors() - descriptors} descriptors left open"
