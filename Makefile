@@ -6,7 +6,7 @@ SHARED ?= ../shared
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help serve test lint accuracy clean
+.PHONY: help serve test faults lint accuracy bench gpu-check clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -17,6 +17,9 @@ serve: .venv/serve ## Serve the embedded model on http://HOST:PORT
 test: .venv/test lint ## Check style and types, run the tests with branch coverage
 	$(BIN)/pytest --cov --cov-report=term
 
+faults: .venv/test ## Prove every promise under load, faults and attack, with its figure; 15 minutes
+	$(BIN)/pytest tests/faults -m 'slow or not slow' --durations=0 --durations-min=5
+
 lint: .venv/test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -25,8 +28,15 @@ lint: .venv/test
 accuracy: .venv/test ## Measure the embedded model on CIFAR-10's test images, through the serving pipeline
 	$(BIN)/mixer-export evaluate app/models/mixer-cifar10.onnx $(SHARED)/data/cifar10.tar.xz
 
+bench: .venv/test ## Compare speed with peers and with the bare work (BENCH=--quick for a trial)
+	$(BIN)/python -m tests.benchmarks --photos $(SHARED)/data/photos.tar $(BENCH)
+
+gpu-check: .venv-gpu/installed ## Prove the CUDA path on this machine's GPU (MODEL=file.onnx for one of your own)
+	@$(if $(MODEL),MIXER_GPU_MODEL=$(abspath $(MODEL))) .venv-gpu/bin/python -m pytest -m gpu tests/gpu; \
+		code=$$?; [ $$code != 77 ] || echo "gpu-check: no GPU here, exit code 77" >&2; exit $$code
+
 clean: ## Remove the virtual environment and all caches
-	rm -rf .venv .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-gpu .bench .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 .venv/python: Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -36,6 +46,12 @@ clean: ## Remove the virtual environment and all caches
 
 .venv/serve: .venv/python pyproject.toml
 	$(PIP) install --editable '.[cpu,client]'
+	@touch $@
+
+# An environment of its own: the two onnxruntime packages would overwrite each other.
+.venv-gpu/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --editable '.[gpu]' 'httpx2>=2.0' 'pytest>=9.0'
 	@touch $@
 
 # torch comes from a local wheel where there is one; the constraint keeps its release the same.

@@ -37,9 +37,13 @@ SPARE_BATCH_S = 0.02
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One image on its way through the queue."""
+    """One image on its way through the queue.
 
-    future: asyncio.Future[NDArray[np.float32]]  # logits [classes]
+    An error is a result, too: one that nobody came to read would else be reported as a fault.
+    """
+
+    upload: bytes  # released with the request: what waits for a thread must not outlive its count
+    future: asyncio.Future[NDArray[np.float32] | Exception]  # logits [classes]
     picture: Picture = field(init=False)  # set by the decode thread
     request_id: str = ""
     is_spare: bool = False  # runs only while nothing else waits
@@ -58,8 +62,10 @@ class Entry:
         """Return what became of it, once it is settled: `ok`, or the kind of its problem."""
         if self.future.cancelled():
             return DeadlineExceeded("").kind
-        error = self.future.exception()
-        return "ok" if error is None else error.kind if isinstance(error, Problem) else "bug"
+        result = self.future.result()
+        if isinstance(result, Exception):
+            return result.kind if isinstance(result, Problem) else "bug"
+        return "ok"
 
     def stages(self) -> Stages | None:
         """Return the times of an entry that has been through the engine."""
@@ -70,7 +76,12 @@ class Entry:
     def fail(self, error: Exception) -> None:
         """Answer with `error`; on the event loop only."""
         if not self.future.done():
-            self.future.set_exception(error)
+            self.future.set_result(error)
+
+    def release(self) -> None:
+        """Stop waiting: whoever still has the entry in hand drops it."""
+        self.upload = b""
+        self.future.cancel()
 
 
 class Batcher:

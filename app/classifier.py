@@ -75,9 +75,12 @@ class Classifier:
         trace = current()
         request_id = trace.request_id if trace else ""
         with self._admission.queue(len(uploads), deadline) as predicted_s:
-            entries = [Entry(self._loop.create_future(), request_id) for _ in uploads]
-            for entry, data in zip(entries, uploads, strict=True):
-                self._decoders.submit(self._decode, entry, data)
+            entries = [
+                Entry(upload, self._loop.create_future(), request_id=request_id)
+                for upload in uploads
+            ]
+            for entry in entries:
+                self._decoders.submit(self._decode, entry)
             try:
                 await asyncio.wait(
                     [entry.future for entry in entries], timeout=deadline - time.monotonic()
@@ -85,7 +88,7 @@ class Classifier:
             finally:
                 # Time is up, or the client has gone: what is left never reaches the engine.
                 for entry in entries:
-                    entry.future.cancel()
+                    entry.release()
         self._report(entries, predicted_s)
         return [_result(entry) for entry in entries]
 
@@ -98,7 +101,7 @@ class Classifier:
             DeadlineExceeded: the engine had no spare time before `deadline`.
             InferenceFailed: the engine failed.
         """
-        entries = [Entry(self._loop.create_future(), is_spare=True) for _ in pictures]
+        entries = [Entry(b"", self._loop.create_future(), is_spare=True) for _ in pictures]
         for entry, picture in zip(entries, pictures, strict=True):
             entry.picture = picture
             self._batcher.put(entry)
@@ -110,7 +113,11 @@ class Classifier:
                 future.cancel()
         if any(future.cancelled() for future in futures):
             raise DeadlineExceeded("The service had no time to spare for an explanation.")
-        return [future.result() for future in futures]
+        results = [future.result() for future in futures]
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return [result for result in results if not isinstance(result, Exception)]
 
     async def in_decoder(self, work: Callable[[], Answer]) -> Answer:
         """Run `work` on pixels in a decode thread."""
@@ -121,16 +128,20 @@ class Classifier:
         await asyncio.to_thread(self._decoders.shutdown)
         await asyncio.to_thread(self._batcher.close)
 
-    def _decode(self, entry: Entry, data: bytes) -> None:
+    def _decode(self, entry: Entry) -> None:
         """Decode and queue one upload; runs in a decode thread."""
+        upload = entry.upload
         if not entry.is_alive():
             return
         entry.decoding = time.perf_counter()
         try:
-            entry.picture = decode(data, self.card.preprocessing, self._max_pixels)
+            entry.picture = decode(upload, self.card.preprocessing, self._max_pixels)
+        except Problem as problem:
+            # Its traceback would hold the upload, in a cycle, until the garbage collector comes.
+            problem.__traceback__ = problem.__cause__ = problem.__context__ = None
+            self._loop.call_soon_threadsafe(entry.fail, problem)
         except Exception as error:
-            # Every error has a request that waits for it: a Problem becomes its answer, anything
-            # else is a bug that the request answers with 500.
+            # Every error has a request that waits for it: this one is a bug, and a 500.
             self._loop.call_soon_threadsafe(entry.fail, error)
         else:
             entry.decoded = time.perf_counter()
@@ -155,9 +166,9 @@ class Classifier:
 def _result(entry: Entry) -> Classified | Problem:
     if entry.future.cancelled():
         return DeadlineExceeded("The request's time ran out before its image was classified.")
-    error = entry.future.exception()
-    if error is None:
-        return Classified(entry.picture, entry.future.result())
-    if isinstance(error, Problem):
-        return error
-    raise error
+    result = entry.future.result()
+    if isinstance(result, Problem):
+        return result
+    if isinstance(result, Exception):
+        raise result
+    return Classified(entry.picture, result)

@@ -1,9 +1,7 @@
 """The engine: patches in, logits out, through ONNX Runtime on the device that was asked for."""
 
-import contextlib
-import ctypes
-import io
 import logging
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -11,6 +9,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from app.buckets import Buckets
+from app.cuda import GpuMissing, GpuOptions, leave_pageable, open_session, pin
 from app.errors import StartupError
 from app.model_card import CardError, ModelCard, read_metadata
 
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-Device = Literal["auto", "cpu", "cuda"]
+CPU = "CPUExecutionProvider"
+Device = Literal["auto", "cpu", "cuda", "tensorrt"]
+PLAIN_GPU = GpuOptions()
 
 
 class Engine(Protocol):
@@ -37,14 +38,26 @@ class Engine(Protocol):
 class OnnxEngine:
     """One ONNX Runtime session over a self-describing model file.
 
+    On the CPU a batch runs at its own size. On a GPU it runs in buckets of up to `max_batch`, each
+    with fixed buffers and, on CUDA, a captured graph; `bucketed` makes the CPU do so, for tests.
+
     Raises:
         StartupError: the file, its card, the device or the golden sample does not hold.
     """
 
-    def __init__(self, path: Path, device: Device, threads: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        device: Device,
+        threads: int,
+        *,
+        max_batch: int = 16,
+        gpu: GpuOptions = PLAIN_GPU,
+        bucketed: bool = False,
+    ) -> None:
         if not path.is_file():
             raise StartupError(f"MIXER_MODEL={path}: no such file; give one from mixer-export")
-        self._session, self.provider = _open(path, device, threads)
+        self._session, self.provider = _open(path, device, threads, max_batch, gpu)
         try:
             self.card, self._golden = read_metadata(
                 self._session.get_modelmeta().custom_metadata_map
@@ -52,10 +65,17 @@ class OnnxEngine:
         except CardError as error:
             raise StartupError(f"MIXER_MODEL={path}: {error}") from error
         self._check_signature(path)
-        self._check_golden(path)
+        self._buckets: Buckets | None = None
+        if self.provider != CPU:
+            self._buckets = Buckets(self._session, max_batch, "cuda", pin)
+        elif bucketed:
+            self._buckets = Buckets(self._session, max_batch, "cpu", leave_pageable)
+        self._check_golden(path, max_batch)
 
     def run(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return logits float32 [batch, classes] for patches uint8 [batch, tokens, P·P·3]."""
+        if self._buckets is not None:
+            return self._buckets.run(patches)
         logits: NDArray[np.float32] = self._session.run(["logits"], {"patches": patches})[0]
         return logits
 
@@ -69,11 +89,11 @@ class OnnxEngine:
                 f"but its card says patches tensor(uint8) [batch, {wanted[0]}, {wanted[1]}]"
             )
 
-    def _check_golden(self, path: Path) -> None:
+    def _check_golden(self, path: Path, max_batch: int) -> None:
         """Compare the golden sample with the exporter's logits, alone and inside a batch."""
         expected = self._golden.logits()  # [1, classes]
         patches = self._golden.patches(self.card.preprocessing)
-        for batch in (1, 3):
+        for batch in {1, min(3, max_batch)}:
             try:
                 logits = self.run(np.repeat(patches, batch, axis=0))
                 difference = float(np.abs(logits - expected).max())
@@ -94,20 +114,19 @@ class OnnxEngine:
                 )
 
 
-class _CudaMissing(Exception):  # noqa: N818 - a reason in words, which becomes one of two others
-    """What keeps CUDA from running the model here."""
-
-
-def _open(path: Path, device: Device, threads: int) -> "tuple[onnxruntime.InferenceSession, str]":
+def _open(
+    path: Path, device: Device, threads: int, max_batch: int, gpu: GpuOptions
+) -> "tuple[onnxruntime.InferenceSession, str]":
     """Open a session on the device asked for; `auto` tries CUDA, then says why it is the CPU."""
-    if device != "cpu":
-        try:
-            return _cuda_session(path, threads), CUDA
-        except _CudaMissing as missing:
-            if device == "cuda":
-                raise StartupError(f"MIXER_DEVICE=cuda: {missing}") from missing
-            logger.warning("device auto: serving on the CPU, since %s", missing)
     onnxruntime = _runtime()
+    if device != "cpu":
+        gpu = replace(gpu, tensorrt=device == "tensorrt")
+        try:
+            return open_session(path, _options(threads), gpu, max_batch)
+        except GpuMissing as missing:
+            if device != "auto":
+                raise StartupError(f"MIXER_DEVICE={device}: {missing}") from missing
+            logger.warning("device auto: serving on the CPU, since %s", missing)
     try:
         session = onnxruntime.InferenceSession(path, _options(threads), providers=[CPU])
     except Exception as error:  # onnxruntime raises a class of its own for each status
@@ -116,45 +135,6 @@ def _open(path: Path, device: Device, threads: int) -> "tuple[onnxruntime.Infere
             "write it with mixer-export convert"
         ) from error
     return session, CPU
-
-
-def _cuda_session(path: Path, threads: int) -> "onnxruntime.InferenceSession":
-    """Open a session that runs on CUDA alone.
-
-    Raises:
-        _CudaMissing: the build, the driver, a library or the model does not allow it.
-    """
-    onnxruntime = _runtime()
-    if CUDA not in onnxruntime.get_available_providers():
-        raise _CudaMissing(
-            "this onnxruntime is built without CUDA: pip install 'mixer-serve[gpu]' instead"
-        )
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise _CudaMissing(
-            "the NVIDIA driver's libcuda.so.1 is missing: run on a GPU host, with --gpus all"
-        ) from error
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it finds, and never raises
-        onnxruntime.preload_dlls()
-    libraries = Path(str(onnxruntime.__file__)).parent / "capi"
-    try:
-        ctypes.CDLL(str(libraries / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
-        ctypes.CDLL(str(libraries / "libonnxruntime_providers_cuda.so"))
-    except OSError as error:
-        raise _CudaMissing(f"onnxruntime's CUDA provider cannot load: {error}") from error
-    onnxruntime.set_default_logger_severity(4)  # what fails below reaches the operator as one line
-    options = _options(threads)
-    # Without this a node that CUDA cannot run, or all of them, would land silently on the CPU.
-    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    provider = (CUDA, {"use_tf32": "0"})  # TF32 would cost fp32 models three digits
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=[provider])
-    except Exception as error:  # onnxruntime raises a class of its own for each status
-        raise _CudaMissing(f"it cannot run {path} there ({_first_line(error)})") from error
-    if session.get_providers()[0] != CUDA:
-        raise _CudaMissing(f"onnxruntime fell back to {session.get_providers()[0]}")
-    return session
 
 
 def _options(threads: int) -> "onnxruntime.SessionOptions":

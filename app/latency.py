@@ -4,14 +4,20 @@ A Mixer's cost is a function of the batch size alone, so a table of seconds per 
 current, predicts the wait of every arrival.
 """
 
+import io
 import time
 
 import numpy as np
+from PIL import Image
 
 from app.engine import Engine
+from app.images import decode
 
 # Weight of the newest measurement: about ten batches after a change the table has followed it.
 FRESHNESS = 0.2
+# A measurement counts as at most this many times what was expected: one hostile image that takes
+# seconds to decode must not have everyone after it refused.
+SURPRISE = 4.0
 
 
 class LatencyTable:
@@ -30,8 +36,7 @@ class LatencyTable:
 
     def observe_batch(self, images: int, seconds: float) -> None:
         """Take in the duration of one inference."""
-        known = self._measured.get(images, seconds)
-        self._measured[images] = known + FRESHNESS * (seconds - known)
+        self._measured[images] = _follow(self._measured.get(images, seconds), seconds)
         sizes = sorted(self._measured)
         self._seconds = np.interp(
             range(self._max_batch + 1), [0, *sizes], [0.0, *(self._measured[s] for s in sizes)]
@@ -39,8 +44,7 @@ class LatencyTable:
 
     def observe_decode(self, seconds: float) -> None:
         """Take in the duration of one decode."""
-        known = self._decode_s or seconds
-        self._decode_s = known + FRESHNESS * (seconds - known)
+        self._decode_s = _follow(self._decode_s or seconds, seconds)
 
     def service_s(self, images: int) -> float:
         """Return the seconds that `images` take on an idle service."""
@@ -64,12 +68,22 @@ class LatencyTable:
         return full * self._seconds[self._max_batch] + self._seconds[rest]
 
 
-def warm_up(engine: Engine, max_batch: int, latency: LatencyTable) -> None:
-    """Run every doubling of the batch size, so that no request pays for a first time.
+def _follow(known: float, seconds: float) -> float:
+    return known + FRESHNESS * (min(seconds, SURPRISE * known) - known)
 
-    The first run of a size allocates, the second is measured.
+
+def warm_up(engine: Engine, max_batch: int, latency: LatencyTable) -> None:
+    """Decode an image and run every doubling of the batch size: no request pays for a first time.
+
+    The first decode loads the decoders, the first run of a size allocates; the second is measured.
     """
     preprocessing = engine.card.preprocessing
+    sample = io.BytesIO()
+    Image.new("RGB", (512, 512)).save(sample, "JPEG")
+    for _ in range(2):
+        start = time.perf_counter()
+        decode(sample.getvalue(), preprocessing, 512 * 512)
+    latency.observe_decode(time.perf_counter() - start)
     size = 1
     while size < 2 * max_batch:
         images = min(size, max_batch)

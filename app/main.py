@@ -29,6 +29,7 @@ from app.routes import (
 )
 from app.service import Service
 from app.settings import Settings
+from app.shortcut import Shortcut
 from app.spans import exporter
 from app.uploads import TIMEOUT_HEADER
 
@@ -67,6 +68,8 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # pages.py serves both, without a foreign host
         redoc_url=None,
+        # The framework's own would look for a provider on every request; ours is in spans.py.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.metrics = measures
     _show_states(measures, app)
@@ -78,6 +81,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     for router in routers:
         app.include_router(router)
     problems.answer_errors(app)
+    app.add_middleware(Shortcut)
     app.add_middleware(Door, keys=keys)
     if settings.cors_origins:
         # Outside the door: a browser's preflight carries no key.

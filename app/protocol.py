@@ -1,17 +1,21 @@
 """HTTP/1.1 on one connection: uvicorn's, with the deadlines and limits that it lacks.
 
 A client that trickles is cut off: the headers of a request must come within `header_timeout_s`, its
-body within `body_timeout_s` (the application answers 408; a body nobody reads is cut off here).
+body within `body_timeout_s` (the application answers 408; a body nobody reads is cut off here). A
+client that sends more than it may reads its answer before the connection goes.
 """
 
 import asyncio
 import json
+import re
 from typing import Any, ClassVar
 
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.access import REQUEST_ID_HEADER, SECURITY_HEADERS, report
 from app.errors import kind_of, problem_body
+from app.farewell import Farewell
 from app.metrics import Metrics
 from app.settings import Settings
 from app.trace import new_trace
@@ -22,6 +26,12 @@ MAX_HEADER_BYTES = 64 * 1024
 FRAMING_PER_BODY_BYTE = 16
 # After the body's deadline, time for the application's own 408 before the connection is cut.
 LAST_WORD_S = 1.0
+# Requests sent ahead of their answers. Clients that pipeline at all send a handful; each one that
+# waits holds a few kB, and one read from the socket could bring thousands.
+MAX_PIPELINED = 32
+# When the listener has closed, time for the first request of a connection opened just before.
+LAST_CALL_S = 0.5
+_UPGRADE = re.compile(rb"(?i)\r\nUpgrade[ \t]*:")
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -33,61 +43,146 @@ class BoundedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._deadline: asyncio.TimerHandle | None = None
+        self._write_deadline: asyncio.TimerHandle | None = None
+        self._begun = False  # a message has begun to arrive and is not complete
         self._in_headers = True  # or between requests
+        self._deaf = False  # what comes is no longer listened to
+        self._body_bytes = 0  # of this message
         self._allowance = MAX_HEADER_BYTES  # bytes that may still come for this message
+        self._farewell: Farewell
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         """Start the clock: a client that connects has a request to send."""
-        super().connection_made(transport)
+        self._farewell = Farewell(transport, self.loop, lambda: self._begun)
+        super().connection_made(self._farewell)
         if len(self.connections) > self.settings.max_connections:
             self._refuse(503, "Too many connections", "This replica has no connection to spare.")
             return
         self._start_clock(self.settings.header_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """Stop the clocks."""
         self._stop_clock()
+        self.resume_writing()
+        self._farewell.end()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, unless the message holds more besides its body than it may."""
+        if self.transport.is_closing():
+            self._farewell.discard(data)
+            return
+        if self._deaf:
+            return
         if self._deadline is None and self._in_headers:
             self._start_clock(self.settings.header_timeout_s)  # the next request on this connection
         self._allowance -= len(data)
-        super().data_received(data)
-        if self._allowance < 0 and not self.transport.is_closing():
+        super().data_received(self._without_upgrade(data) if self._in_headers else data)
+        allowed = self._allowance + self._body_bytes * FRAMING_PER_BODY_BYTE
+        if allowed < 0 and not self.transport.is_closing():
             if self._in_headers:
-                self._refuse(431, "Headers too large", f"At most {MAX_HEADER_BYTES} bytes.")
+                self._refuse_headers()
             else:
                 self.transport.close()
 
     def on_message_begin(self) -> None:
         """Grant the new message its headers."""
         super().on_message_begin()
-        self._in_headers = True
+        self._begun = self._in_headers = True
+        self._body_bytes = 0
         self._allowance = max(self._allowance, MAX_HEADER_BYTES)
 
     def on_headers_complete(self) -> None:
-        """Give the body its own time."""
+        """Give the body its own time.
+
+        Raises:
+            OverflowError: too many requests ahead of their answers, or headers too large; it stops
+                the parser.
+        """
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > MAX_HEADER_BYTES:  # all of it in one read
+            self._refuse_headers()
+            raise OverflowError("headers too large")
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise OverflowError("too many requests are pipelined")
         self._in_headers = False
         self._start_clock(self.settings.body_timeout_s + LAST_WORD_S)
         super().on_headers_complete()
+        if self.expect_100_continue or self.parser.should_upgrade():
+            # After an early answer nobody could tell whether the body still comes (RFC 9110,
+            # 10.1.1), nor after an upgrade that we pass over, which protocol.
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
-        """Grant the body its framing; its own size is the application's to bound."""
-        self._allowance += len(body) * FRAMING_PER_BODY_BYTE
-        super().on_body(body)
+        """Pass the body on; its size is the application's to bound.
+
+        What an early answer has left unread is thrown away here, up to the size of an upload.
+        """
+        # A body of one-byte chunks comes here a million times: uvicorn's own few lines, not a call.
+        self._body_bytes += len(body)
+        cycle = self.cycle
+        if not cycle.response_complete:
+            cycle.body += body
+            if len(cycle.body) > HIGH_WATER_LIMIT:
+                self.flow.pause_reading()
+            cycle.message_event.set()
+        elif self._body_bytes > self.settings.max_upload_bytes:
+            self.transport.close()
 
     def on_message_complete(self) -> None:
         """Stop the clock until the next request begins."""
         self._stop_clock()
+        self._begun = False
         self._in_headers = True
-        self._allowance = MAX_HEADER_BYTES
+        self._allowance, self._body_bytes = MAX_HEADER_BYTES, 0
         super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        """Start the clock on a client that does not read its answers."""
+        super().pause_writing()
+        self._write_deadline = self.loop.call_later(
+            self.settings.body_timeout_s, self.transport.abort
+        )
+
+    def resume_writing(self) -> None:
+        """Stop that clock."""
+        if self._write_deadline is not None:
+            self._write_deadline.cancel()
+            self._write_deadline = None
+        super().resume_writing()
+
+    def shutdown(self) -> None:
+        """Close after the request at hand, or the one that may already be on its way."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            super().shutdown()
+        else:
+            self.loop.call_later(LAST_CALL_S, self._close_if_idle)
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP at all."""
         self._refuse(400, "Bad request", msg)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Pass over an offer that came in pieces; the connection closes after the answer."""
+
+    def _without_upgrade(self, data: bytes) -> bytes:
+        """Hide the offer of another protocol: the parser would take the body for that protocol's.
+
+        Java's HTTP client offers HTTP/2 with its first request, and a server may go on without
+        (RFC 9110, section 7.8). Only what comes together with its headers is looked at.
+        """
+        end = data.find(b"\r\n\r\n")
+        found = _UPGRADE.search(data, 0, end + 2 if end >= 0 else len(data))
+        if found is None:
+            return data
+        return data[: found.start()] + b"\r\nX-Offer:" + data[found.end() :]
+
+    def _refuse_headers(self) -> None:
+        self._refuse(431, "Headers too large", f"At most {MAX_HEADER_BYTES} bytes.")
+
+    def _close_if_idle(self) -> None:
+        if not self._begun and (self.cycle is None or self.cycle.response_complete):
+            self.transport.close()
 
     def _start_clock(self, seconds: float) -> None:
         self._stop_clock()
@@ -113,9 +208,14 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self.cycle is not None and not self.cycle.response_complete:
-            # An answer is under way: a second one inside it would be read as a part of it.
+            # An answer is under way: a second one inside it would be read as a part of it. What
+            # came in order is answered, unless it is its own body that has gone wrong.
             self.cycle.keep_alive = False
-            self.transport.close()
+            if self._in_headers:
+                self._deaf = True
+                self._stop_clock()
+            else:
+                self.transport.close()
             return
         trace = new_trace()
         trace.problem = kind_of(title)

@@ -1,10 +1,14 @@
 """The command `mixer-serve`: settings, model, socket, server, in this order."""
 
+import asyncio
+import ctypes
 import logging
 import math
 import os
+import select
 import signal
 import socket
+import struct
 import sys
 import time
 import warnings
@@ -14,6 +18,8 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from app import tune
+from app.cuda import GpuOptions
 from app.engine import OnnxEngine
 from app.errors import StartupError
 from app.logs import configure
@@ -26,20 +32,38 @@ logger = logging.getLogger(__name__)
 # Longer than a balancer keeps an idle connection (nginx: 60 s), or it would send a request into a
 # connection that is just being closed.
 KEEP_ALIVE_S = 75
+# Those who have connected before the listener closes are accepted within a few milliseconds; this
+# only bounds it.
+LAST_ACCEPT_S = 2.0
+SO_ATTACH_FILTER = 26  # asm-generic/socket.h; Python does not name it
+# Besides connections: the listener, the event loop's own, the model, the log, closing connections.
+SPARE_DESCRIPTORS = 128
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until told to stop; return the exit code."""
+    """Serve until told to stop, or `tune`; return the exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words and words[0] == "tune":
+        return tune.main(words[1:])
     try:
-        settings = read_settings(sys.argv[1:] if arguments is None else arguments)
+        settings = read_settings(words)
         configure(settings.log_level, settings.log_format)
+        # It tells of every malformed form, and at debug of what is in it.
+        logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
         # Pillow warns of odd metadata in an upload; that is the client's matter, not the log's.
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
         listener = _bind(settings)
-        engine = OnnxEngine(settings.model, settings.device, settings.threads)
+        _allow_descriptors(settings)
+        engine = OnnxEngine(
+            settings.model,
+            settings.device,
+            settings.threads,
+            max_batch=settings.max_batch,
+            gpu=GpuOptions(settings.gpu_memory_mib, settings.tensorrt_cache),
+        )
         app = create_app(settings, engine)
     except StartupError as error:
-        sys.stderr.write(f"mixer-serve: {error}\n")
+        sys.stderr.write(f"mixer-serve: {' '.join(str(error).splitlines())}\n")
         return 1
     host, port = listener.getsockname()[:2]
     logger.info(
@@ -97,6 +121,29 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = self.should_exit or time.monotonic() >= self._stop_at
         return await super().on_tick(counter)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take in whoever has connected already, then close."""
+        listeners = sockets or []
+        for listener in listeners:
+            _drop_newcomers(listener)
+        give_up = time.monotonic() + LAST_ACCEPT_S
+        while select.select(listeners, [], [], 0)[0] and time.monotonic() < give_up:  # noqa: ASYNC110 - no event says that nobody waits
+            await asyncio.sleep(0.01)  # the event loop accepts them
+        await super().shutdown(sockets)
+
+
+def _drop_newcomers(listener: socket.socket) -> None:
+    """Have the kernel ignore new connections, which closing the listener alone would reset.
+
+    Closing resets whatever waits to be accepted: clients that are connected, for all they know, and
+    have sent a request. One whose first packet is ignored tries again and finds the port closed.
+    """
+    if sys.platform == "linux":
+        # A socket filter (Linux, socket(7)) of one instruction, BPF_RET | BPF_K 0: drop it.
+        drop = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+        program = struct.pack("HP", 1, ctypes.addressof(drop))
+        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+
 
 def _bind(settings: Settings) -> socket.socket:
     """Bind before the model is loaded, so that a taken port is one plain line at once."""
@@ -113,6 +160,27 @@ def _bind(settings: Settings) -> socket.socket:
             f"cannot listen there ({error.strerror})"
         ) from error
     return listener
+
+
+def _allow_descriptors(settings: Settings) -> None:
+    """Raise the process's own limit of open descriptors to what the connections may need."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    wanted = settings.max_connections + SPARE_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        logger.warning(
+            "MIXER_MAX_CONNECTIONS=%d: at most %d can be open here, since the container or shell "
+            "allows %d descriptors (ulimit -n)",
+            settings.max_connections,
+            max(0, hard - SPARE_DESCRIPTORS),
+            hard,
+        )
+        wanted = hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from app.errors import StartupError
 from app.logs import LogFormat
 
 PREFIX = "MIXER_"
+_ORIGIN = r"(\*|https?://[^\s/,]+)"
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "mixer-cifar10.onnx"
 
 
@@ -29,9 +30,22 @@ class Settings(BaseModel):
     model: Path = Field(
         default=EMBEDDED_MODEL, description="ONNX file written by mixer-export convert"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
+    device: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
         default="auto",
-        description="execution provider; cuda never falls back, auto says so when it does",
+        description="execution provider; cuda and tensorrt never fall back, auto tries cuda and "
+        "says so when it falls back",
+    )
+    gpu_memory_mib: int = Field(
+        default=0,
+        ge=0,
+        le=2**20,
+        description="most GPU memory that inference may take, where others share the GPU; "
+        "0 sets no limit",
+    )
+    tensorrt_cache: Path | None = Field(
+        default=None,
+        description="folder where TensorRT keeps its engine, or each start builds it anew "
+        "for minutes",
     )
     host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(
@@ -61,11 +75,11 @@ class Settings(BaseModel):
         "also the most images in one request",
     )
     queue_budget_ms: int = Field(
-        default=2000,
+        default=1000,
         ge=1,
         le=3_600_000,
         description="longest predicted wait; what would wait longer is refused with 429, since a "
-        "client that waits two seconds is better off at another replica",
+        "client that waits a second is better off at another replica",
     )
     request_timeout_ms: int = Field(
         default=10_000,
@@ -102,7 +116,7 @@ class Settings(BaseModel):
         default=50_000_000,
         ge=1,
         le=2**31,
-        description="pixels of one image, by its header: up to 9 bytes each while it is decoded",
+        description="pixels of one image, by its header: up to 20 bytes each while it is decoded",
     )
     header_timeout_s: float = Field(
         default=10, gt=0, ge=0.1, le=3600, description="time for a request's headers, then 408"
@@ -131,6 +145,8 @@ class Settings(BaseModel):
     )
     cors_origins: str = Field(
         default="",
+        pattern=rf"^$|^{_ORIGIN}(\s*,\s*{_ORIGIN})*$",
+        json_schema_extra={"allowed": "origins such as https://shop.example, comma-separated"},
         description="origins whose pages may call the service, comma-separated; none by default",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -160,11 +176,18 @@ def read_settings(
     for name, value in vars(_parser().parse_args(arguments)).items():
         values[name], shown[name] = value, f"{_flag(name)} {value}"
     try:
-        return Settings.model_validate(values)
+        settings = Settings.model_validate(values)
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
         allowed = _allowed(Settings.model_fields[name])
         raise StartupError(f"{shown[name]}: it must be {allowed}") from error
+    if settings.max_upload_bytes > settings.max_bytes_in_flight:
+        raise StartupError(
+            f"{PREFIX}MAX_UPLOAD_BYTES={settings.max_upload_bytes}: it must be at most "
+            f"{PREFIX}MAX_BYTES_IN_FLIGHT={settings.max_bytes_in_flight}, or such an upload could "
+            "never be taken"
+        )
+    return settings
 
 
 class _Parser(argparse.ArgumentParser):
@@ -178,6 +201,8 @@ def _flag(name: str) -> str:
 
 def _allowed(field: FieldInfo) -> str:
     """Say in words which values a setting takes."""
+    if isinstance(field.json_schema_extra, dict):
+        return str(field.json_schema_extra["allowed"])
     choices = get_args(field.annotation)
     if choices and all(isinstance(choice, str) for choice in choices):
         return "one of " + ", ".join(choices)
@@ -193,7 +218,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="mixer-serve",
         description="Serve a Mixer that mixer-export wrote. Every flag is also an environment "
-        "variable: --max-batch is MIXER_MAX_BATCH. A flag wins.",
+        "variable: --max-batch is MIXER_MAX_BATCH. A flag wins. `mixer-serve tune MODEL` "
+        "measures which settings suit a model on this machine.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )

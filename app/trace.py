@@ -4,7 +4,7 @@ The trace travels in a context variable, so that every log line written on behal
 carries the same ID without anybody passing it on.
 """
 
-import os
+import random
 import re
 import time
 from contextvars import ContextVar
@@ -85,6 +85,7 @@ class Trace:
         )
 
 
+_numbers = random.Random()  # noqa: S311 - names, no secrets; seeded by the system
 _current: ContextVar[Trace | None] = ContextVar("trace", default=None)
 
 
@@ -97,14 +98,16 @@ def begin(request_id: str, traceparent: str) -> Trace:
 
 def new_trace(request_id: str = "", traceparent: str = "") -> Trace:
     """Return a trace as `begin` does, without making it the current one."""
-    random = os.urandom(40).hex()  # once: the call costs more than the bytes
+    # Once, since the call costs more than the bytes; and not from the system, whose call would let
+    # go of the GIL. The IDs are names, no secrets.
+    digits = _numbers.randbytes(40).hex()
     if not _REQUEST_ID.fullmatch(request_id):
-        request_id = random[48:]
+        request_id = digits[48:]
     parent = parse_traceparent(traceparent) if traceparent else None
     return Trace(
         request_id,
-        trace_id=parent.trace_id if parent else random[:32],
-        span_id=random[32:48],
+        trace_id=parent.trace_id if parent else digits[:32],
+        span_id=digits[32:48],
         flags=parent.flags if parent else 0,
         parent=parent,
         is_traced=parent is not None,

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ from app.images import decode
 from app.model_card import ModelCard
 from model_export.errors import ExportError
 from model_export.pictures import MAX_PIXELS, Entry, ImageFolder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _BATCH = 32
 _TOP = 5
@@ -93,19 +97,22 @@ def evaluate(model: Path, data: Path, threads: int) -> Evaluation:
 
 
 def plot_confusion(evaluation: Evaluation, path: Path) -> None:
-    """Draw the confusion matrix, rows scaled to shares of the true class, into a PNG."""
+    """Draw the confusion matrix into a PNG."""
+    title = f"{evaluation.card.name}: {evaluation.top1:.2%}"
+    figure = draw_confusion(evaluation.confusion, evaluation.card.labels, title)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def draw_confusion(confusion: NDArray[np.int64], labels: tuple[str, ...], title: str) -> "Figure":
+    """Draw counts [classes, classes], true class by answer, colored by share of the true class."""
     from matplotlib.figure import Figure  # only here: it is slow to import
 
-    confusion = evaluation.confusion
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    labels = evaluation.card.labels
     side = 8.0
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set(
-        xlabel="answer", ylabel="truth", title=f"{evaluation.card.name}: {evaluation.top1:.2%}"
-    )
+    axes.set(xlabel="answer", ylabel="truth", title=title)
     if len(labels) <= 30:  # more names would not be legible
         axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
         axes.set_yticks(range(len(labels)), labels)
@@ -113,7 +120,7 @@ def plot_confusion(evaluation: Evaluation, path: Path) -> None:
             color = "white" if shares[row, column] > 0.5 else "black"
             count = str(confusion[row, column])
             axes.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
-    figure.savefig(path, format="png", dpi=120)
+    return figure
 
 
 def _match(folders: list[str], labels: tuple[str, ...]) -> tuple[dict[str, int], bool]:

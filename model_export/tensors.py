@@ -7,7 +7,8 @@ for much memory.
 import math
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +23,7 @@ from model_export.errors import ExportError
 Tensors = dict[str, Tensor]
 # Float weights hardly compress (1.1 times); with a head of zeros a checkpoint may by a few times.
 MAX_EXPANSION = 20
+_ZIP_MAGIC = b"PK\x03\x04"
 # ml_dtypes' bfloat16 has no name in the npy format: it arrives as two raw bytes (big_vision).
 _RAW_BFLOAT16 = np.dtype("V2")
 
@@ -44,60 +46,65 @@ def read(path: Path) -> Tensors:
 def read_npz(path: Path) -> Tensors:
     """Read the tensors of a numpy archive; pickled objects are refused."""
     tensors = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            _check_expansion(path, sum(member.file_size for member in members))
-            for member in members:
-                name = member.filename.removesuffix(".npy")
-                with archive.open(member) as stream:
-                    _check_npy_header(path, name, stream, member.file_size)
-                with archive.open(member) as stream:
-                    tensors[name] = _from_numpy(npy.read_array(stream, allow_pickle=False))
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError) as error:
-        raise ExportError(f"{path.name}: not a readable .npz archive ({error})") from error
-    except RuntimeError as error:  # zipfile's word for an encrypted member
-        raise ExportError(f"{path.name}: not a readable .npz archive ({error})") from error
+    with _damage_as_refusal(path, "a numpy archive"), zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        _check_expansion(path, sum(member.file_size for member in members))
+        for member in members:
+            name = member.filename.removesuffix(".npy")
+            with archive.open(member) as stream:
+                _check_npy_header(path, name, stream, member.file_size)
+            with archive.open(member) as stream:
+                tensors[name] = _from_numpy(npy.read_array(stream, allow_pickle=False))
     return tensors
 
 
 def read_safetensors(path: Path) -> Tensors:
     """Read the tensors of a safetensors file; the library checks its header against its size."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # no mapping
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ExportError(f"{path.name}: not a readable safetensors file ({error})") from error
+    with (
+        _damage_as_refusal(path, "a safetensors file"),
+        safetensors.safe_open(path, framework="pt") as file,
+    ):
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # no mapping
 
 
 def read_torch(path: Path) -> Tensors:
     """Read a torch state dict with `weights_only`, so that its pickle can build tensors alone."""
     size = path.stat().st_size
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:  # torch stores its members uncompressed
-            _check_expansion(path, sum(m.file_size for m in archive.infolist()), times=1)
-    try:
+    with _damage_as_refusal(path, "a torch checkpoint"):
+        with path.open("rb") as file:
+            zipped = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC  # as torch itself tells
+        if zipped:
+            with zipfile.ZipFile(path) as archive:  # torch stores its members uncompressed
+                _check_expansion(path, sum(m.file_size for m in archive.infolist()), times=1)
         state = torch.load(path, map_location="cpu", weights_only=True)
+        for key in ("state_dict_ema", "state_dict", "model"):  # timm's and deit's training files
+            if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+                state = state[key]
+                break
+        if not isinstance(state, Mapping):
+            raise ExportError(f"{path.name}: holds a {type(state).__name__}, not a state dict")
+        for name, tensor in state.items():
+            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+                raise ExportError(f"{path.name}: {name} is no tensor: {type(tensor).__name__}")
+        # A tensor may repeat its storage through zero strides: small in the file, huge as a copy.
+        if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > size:
+            raise ExportError(f"{path.name}: its tensors' shapes hold more bytes than the file")
+    return {str(name): tensor for name, tensor in state.items()}
+
+
+@contextmanager
+def _damage_as_refusal(path: Path, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except ExportError:
+        raise
     except pickle.UnpicklingError as error:
-        raise ExportError(f"{path.name}: refused, it holds more than tensors") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().split("\n", maxsplit=1)[0]
-        raise ExportError(f"{path.name}: not a readable torch checkpoint ({reason})") from error
-    for key in ("state_dict_ema", "state_dict", "model"):  # timm's and deit's training checkpoints
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-            break
-    if not isinstance(state, Mapping):
-        raise ExportError(f"{path.name}: holds a {type(state).__name__}, expected a state dict")
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise ExportError(
-                f"{path.name}: {name} is no dense tensor, but {type(tensor).__name__}"
-            )
-    # A tensor may repeat its storage through zero strides: small in the file, huge when copied.
-    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > size:
-        raise ExportError(f"{path.name}: its tensors' shapes ask for more bytes than the file has")
-    return dict(state)
+        raise ExportError(f"{path.name}: refused, its pickle holds more than tensors") from error
+    except Exception as error:
+        # Damage makes the readers raise nearly anything: zlib.error, struct.error, KeyError,
+        # UnicodeDecodeError, MemoryError, AttributeError. None of it is a fault of ours.
+        reason = str(error).strip().split("\n", maxsplit=1)[0][:200]
+        raise ExportError(f"{path.name}: cannot be read as {kind} ({reason})") from error
 
 
 def _check_expansion(path: Path, declared_bytes: int, times: int = MAX_EXPANSION) -> None:

@@ -54,6 +54,19 @@ def model(tensors: Tensors) -> Mixer:
     return pour(kind, _config(kind, tensors), tensors, _NAMING)
 
 
+def to_tensors(model: Mixer) -> Tensors:
+    """Return the weights of `model` as timm names and shapes them; `model()` reads them back."""
+    patch, hidden = model.config.patch_size, model.config.hidden
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        if name == "stem.weight":
+            tensor = tensor.reshape(hidden, patch, patch, 3).permute(0, 3, 1, 2)
+        shape = _their_shape(name, tuple(parameter.shape), model.config)
+        tensors[_NAMING.theirs(name)] = tensor.reshape(shape).contiguous()
+    return tensors
+
+
 def default_preprocessing(model: Mixer) -> Preprocessing:
     """Return timm's default for the family: what bare weights were most probably trained with."""
     imagenet = isinstance(model, GMixer | ResMlp)

@@ -13,6 +13,8 @@ from model_export.mixer import Mixer, MixerConfig
 from model_export.tensors import Tensors
 
 Shape = tuple[int, ...]
+# Twice the largest Mixer ever published (448 px), and a sample picture is still only 3 MB.
+_LARGEST_IMAGE = 1024
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Naming:
                 f"not a Mixer: tensor {name} is missing, expected {axes}; it holds {first}"
             )
         shape = tuple(tensors[name].shape)
-        if len(shape) != axes.count(",") + 1:
+        if len(shape) != axes.count(",") + 1 or 0 in shape:
             raise ExportError(f"tensor {name} has shape {shape}, expected {axes}")
         return shape
 
@@ -50,13 +52,18 @@ class Naming:
         """Return the side in pixels of the square image that `tokens` patches make up.
 
         Raises:
-            ExportError: `tokens` is not a square number.
+            ExportError: `tokens` is not a square number, or the image absurdly large.
         """
         side = math.isqrt(tokens)
         if side * side != tokens:
             raise ExportError(
                 f"tensor {self.theirs(ours)} has shape {shape}: {tokens} tokens, "
                 "expected a square number of them"
+            )
+        if side * patch_size > _LARGEST_IMAGE:
+            raise ExportError(
+                f"tensor {self.theirs(ours)} has shape {shape}: images of {side * patch_size} px, "
+                f"expected at most {_LARGEST_IMAGE}"
             )
         return side * patch_size
 

@@ -43,15 +43,35 @@ class Server:
     url: str
     log: Path
 
+    def resident_mib(self) -> float:
+        """Return the physical memory that the process holds, in MiB."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    def descriptors(self) -> int:
+        """Return how many files and sockets the process has open."""
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    def threads(self) -> int:
+        """Return how many threads the process has."""
+        return len(list(Path(f"/proc/{self.process.pid}/task").iterdir()))
+
+    def cpu_s(self) -> float:
+        """Return the CPU seconds that the process has used."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
 
 @contextmanager
-def serving(log: Path, *arguments: str, module: str = "app.serve") -> Iterator[Server]:
+def serving(
+    log: Path, *arguments: str, module: str = "app.serve", **settings: str
+) -> Iterator[Server]:
     """Start `mixer-serve` on a free port and wait until it is ready; kill it at the end."""
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", module, "--port", "0", *arguments],
             cwd=ROOT,
-            env=clean_environment(),
+            env=clean_environment(**settings),
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,

@@ -31,8 +31,10 @@ async def classify(request: Request, top_k: TopK = None) -> Response:
     deadline = read_deadline(request, settings)
     count = checked_top_k(top_k, classifier)
     with service.admission.body() as budget:
-        upload = await read_upload(request, settings, budget)
-        [result] = await unless_gone(request, classifier.classify([upload], deadline))
+        [result] = await unless_gone(
+            request,
+            classifier.classify([await read_upload(request, settings, budget)], deadline),
+        )
     if isinstance(result, Problem):
         raise result
     return json_response(

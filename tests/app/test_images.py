@@ -221,13 +221,51 @@ def test_broken_exif_does_not_matter() -> None:
     assert decode(data, as_is(16), PIXELS).width == 16
 
 
-def test_progressive_scans_are_bounded() -> None:
-    """A JPEG with too many progressive scans for its size is refused before it is decoded."""
-    data = encode(Image.new("RGB", (2000, 2000)), "JPEG", progressive=True)
+@pytest.mark.parametrize("progressive", [True, False])
+def test_scans_are_bounded(progressive: bool) -> None:
+    """A JPEG with too many scans for its size is refused before it is decoded."""
+    data = encode(Image.new("RGB", (2000, 2000)), "JPEG", progressive=progressive)
     scan = data[data.rindex(b"\xff\xda") : -2]
     decode(data, as_is(32), PIXELS)
-    with pytest.raises(CorruptImage, match="progressive scans"):
+    with pytest.raises(CorruptImage, match="too many scans"):
         decode(data[:-2] + scan * 1000 + data[-2:], as_is(32), PIXELS)
+
+
+def test_what_only_looks_like_a_scan_does_not_count() -> None:
+    """A thumbnail inside a JPEG's segment and a video behind it are no scans of the picture."""
+    data = encode(Image.new("RGB", (2000, 2000)), "JPEG", comment=b"\xff\xda" * 1000)
+    decode(data + b"\xff\xda" * 1000, as_is(32), PIXELS)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF"])
+def test_parts_are_bounded(file_format: str) -> None:
+    """A file of millions of tiny segments, chunks or blocks is refused after half a million."""
+    data = encode(Image.new("P" if file_format == "GIF" else "RGB", (8, 8)), file_format)
+    part, place = {
+        "JPEG": (b"\xff\xfe\x00\x02", 2),
+        "PNG": (struct.pack(">I4sI", 0, b"zzZz", zlib.crc32(b"zzZz")), 33),
+        "GIF": (b"\x21\xfe\x01a\x00", data.find(b",", 13)),
+    }[file_format]
+    decode(data[:place] + part * 100 + data[place:], as_is(8), PIXELS)
+    with pytest.raises(CorruptImage, match="too many parts"):
+        decode(data[:place] + part * 400_000 + data[place:], as_is(8), PIXELS)
+
+
+def run_length_bmp(side: int) -> bytes:
+    """Return a run-length coded BMP of `side`², all of it one color."""
+    palette = bytes(4 * 256)
+    rows = (b"\xff\x00" * (side // 255) + bytes([side % 255, 0]) + b"\x00\x00") * side
+    info = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, len(rows), 0, 0, 256, 0)
+    offset = 14 + len(info) + len(palette)
+    head = b"BM" + struct.pack("<IHHI", offset + len(rows), 0, 0, offset)
+    return head + info + palette + rows
+
+
+def test_run_length_coded_bmp_is_bounded() -> None:
+    """A run-length coded BMP, which Pillow decodes in Python, may have 4 million pixels."""
+    assert decode(run_length_bmp(1990), as_is(32), PIXELS).width == 1990
+    with pytest.raises(CorruptImage, match="run-length"):
+        decode(run_length_bmp(2010), as_is(32), PIXELS)
 
 
 @given(st.binary(max_size=300))

@@ -1,4 +1,4 @@
-"""The compose files and the balancers' files, as far as they can be checked without Docker."""
+"""The compose files, as far as they can be checked without Docker."""
 
 import re
 import shutil
@@ -10,11 +10,8 @@ import pytest
 import yaml
 
 from app.settings import Settings
-from tests.fleet.balancers import nginx_file
-from tests.fleet.replicas import free_port
 
 DOCKER = Path(__file__).parents[2] / "docker"
-NGINX = (DOCKER / "nginx.conf").read_text()
 
 
 @pytest.mark.parametrize("files", [("compose.yaml",), ("compose.yaml", "compose.gpu.yaml")])
@@ -68,42 +65,6 @@ def test_every_image_is_pinned_by_version() -> None:
     for service in _services("compose.yaml").values():
         if "build" not in service:
             assert re.search(r":v?\d+\.\d+\.\d+", service["image"])
-
-
-def test_nginx_has_the_services_limits() -> None:
-    """The limits in nginx.conf are the service's, and nginx's patience exceeds the longest request's."""
-    settings = Settings()
-    assert int(_directive("client_max_body_size", "m")) * 2**20 == settings.max_upload_bytes
-    assert int(_directive("client_header_timeout", "s")) == settings.header_timeout_s
-    assert int(_directive("client_body_timeout", "s")) == settings.body_timeout_s
-    assert int(_directive("proxy_read_timeout", "s")) * 1000 > settings.request_timeout_ms
-    assert f"larger than {settings.max_upload_bytes} bytes" in NGINX
-
-
-def test_nginx_retries_what_another_replica_can_answer() -> None:
-    """By nginx.conf nginx sends a POST on after an error, a timeout or a 503, but never after a 429."""
-    (conditions,) = re.findall(r"proxy_next_upstream ([^;]*);", NGINX)
-    assert set(conditions.split()) == {"error", "timeout", "http_503", "non_idempotent"}
-
-
-def test_nginx_accepts_its_file(tmp_path: Path) -> None:
-    """The real nginx finds no fault in nginx.conf."""
-    if shutil.which("nginx") is None:
-        pytest.skip("nginx is not installed")
-    file = tmp_path / "nginx.conf"
-    file.write_text(nginx_file([free_port()], free_port(), tmp_path))
-    done = subprocess.run(
-        ["nginx", "-e", "stderr", "-t", "-c", file],  # noqa: S607 - wherever it is installed
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def _directive(name: str, unit: str) -> str:
-    (value,) = re.findall(rf"\b{name} (\d+){unit};", NGINX)
-    return str(value)
 
 
 def _services(name: str) -> dict[str, Any]:

@@ -19,8 +19,9 @@ WANTED = os.environ.get("IMAGE_TEST", "").split()
 MISSING = [tool for tool in NEEDED if shutil.which(tool) is None]
 if not WANTED:
     pytest.skip("builds images for minutes: make image-test", allow_module_level=True)
-if os.geteuid() != 0 or MISSING:
-    pytest.skip(f"needs root and {MISSING or 'nothing else'}", allow_module_level=True)
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or bool(MISSING), reason=f"needs root; not installed: {MISSING}"
+)
 
 SUITE = os.environ.get("IMAGE_TEST_SUITE", "trixie")  # Debian 13, as in the Dockerfile
 MEGABYTE = 1_000_000

@@ -23,6 +23,7 @@ if not os.environ.get("FLEET_TEST"):
 
 REPLICAS = 3
 SETTLE_S = 3.0  # a balancer's longest wait before it uses a replica again (2 s), and a little
+MOST_RATE = 40.0  # requests a second; more would measure what else the machine does
 SLOTS = 4  # requests in flight per replica in the overload test: small, so that it is overloaded
 PHOTO = make_image((20, 90, 200), "JPEG", side=256)
 
@@ -74,7 +75,7 @@ def test_a_rolling_restart_loses_nothing(fleet: Fleet) -> None:
             replica.restart()
             time.sleep(SETTLE_S)
     _show("rolling restart", balancer, report)
-    assert report.failed == 0
+    assert report.failed == 0, report
 
 
 def test_killing_replicas_loses_nothing(fleet: Fleet) -> None:
@@ -89,7 +90,7 @@ def test_killing_replicas_loses_nothing(fleet: Fleet) -> None:
             replica.wait_until_ready()
             time.sleep(SETTLE_S)
     _show("kill -9", balancer, report)
-    assert report.failed == 0
+    assert report.failed == 0, report
 
 
 def test_a_stalled_replica_loses_nothing(fleet: Fleet) -> None:
@@ -101,11 +102,11 @@ def test_a_stalled_replica_loses_nothing(fleet: Fleet) -> None:
     with loading(_port(balancer), PHOTO, rate) as report:
         time.sleep(1)
         replicas[0].send(signal.SIGSTOP)
-        time.sleep(balancer.read_timeout_s + 5)
+        time.sleep(2 * balancer.read_timeout_s)
     replicas[0].send(signal.SIGCONT)
     _show("baseline", balancer, baseline)
     _show("SIGSTOP", balancer, report)
-    assert report.failed == 0
+    assert report.failed == 0, report
     assert report.p99_s <= balancer.read_timeout_s + baseline.p99_s
 
 
@@ -145,7 +146,7 @@ def test_a_replica_with_a_broken_model_gets_no_request(fleet: Fleet, tmp_path: P
             replicas[0].start(MIXER_MODEL=str(tmp_path / "broken.onnx"))
             assert replicas[0].wait() == 1
     _show("broken model", balancer, report)
-    assert report.failed == 0
+    assert report.failed == 0, report
 
 
 def test_answers_are_the_replicas_own(fleet: Fleet) -> None:
@@ -187,10 +188,14 @@ def _gradient() -> Image.Image:
 
 
 def _half_load(balancer: Balancer) -> float:
-    """Return half of the rate that the fleet sustains now, in requests a second."""
-    report = saturate(_port(balancer), PHOTO, clients=4 * REPLICAS, seconds=3)
-    assert set(report.statuses) == {200}
-    return len(report.answers) / 3 / 2
+    """Return half of the rate that the fleet sustains, in requests a second; at most MOST_RATE.
+
+    The lowest of three looks: the cores may have other work, and a rate that they can sustain only
+    while they have none would be no half load.
+    """
+    looks = [saturate(_port(balancer), PHOTO, clients=4 * REPLICAS, seconds=2) for _ in range(3)]
+    assert all(set(look.statuses) == {200} for look in looks)
+    return min(MOST_RATE, *(len(look.answers) / 2 / 2 for look in looks))
 
 
 def _port(balancer: Balancer) -> int:

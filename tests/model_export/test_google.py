@@ -140,6 +140,18 @@ def test_tokens_that_are_no_square_are_refused(
     assert "15 tokens, expected a square number" in refused(arrays)
 
 
+def test_absurdly_large_image_is_refused(arrays: Arrays, refused: Callable[[Arrays], str]) -> None:
+    """Tokens enough for an image of 1600 px are refused before any such image is drawn."""
+    arrays["MixerBlock_0/token_mixing/Dense_0/kernel"] = np.zeros((100 * 100, 1), np.float32)
+    assert "images of 1600 px, expected at most 1024" in refused(arrays)
+
+
+def test_empty_tensor_is_refused(arrays: Arrays, refused: Callable[[Arrays], str]) -> None:
+    """A tensor with an axis of length zero is refused."""
+    arrays["MixerBlock_0/token_mixing/Dense_0/kernel"] = np.zeros((0, 24), np.float32)
+    assert "has shape (0, 24), expected (S, D_S)" in refused(arrays)
+
+
 @pytest.mark.parametrize("shape", [(16, 8, 3, 32), (16, 16, 1, 32)])
 def test_stem_of_other_patches_is_refused(
     shape: tuple[int, ...], arrays: Arrays, refused: Callable[[Arrays], str]

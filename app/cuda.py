@@ -1,0 +1,162 @@
+"""ONNX Runtime on an NVIDIA GPU, through CUDA or TensorRT, or a plain reason why not.
+
+A session whose provider cannot load becomes one on the CPU without a word. So everything that it
+needs is looked for first, and the fallback is forbidden.
+"""
+
+import contextlib
+import ctypes
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.errors import StartupError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+
+
+class GpuMissing(Exception):  # noqa: N818 - a reason in words, which becomes one of two others
+    """What keeps the GPU from running the model here."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuOptions:
+    """What an operator may choose of the GPU."""
+
+    memory_mib: int = 0  # of the inference arena; 0 sets no limit
+    tensorrt_cache: Path | None = None  # without it TensorRT builds its engine at every start
+    tensorrt: bool = False
+
+
+def open_session(
+    path: Path, options: "onnxruntime.SessionOptions", gpu: GpuOptions, max_batch: int
+) -> "tuple[onnxruntime.InferenceSession, str]":
+    """Return a session that runs on the GPU alone, and its provider's name.
+
+    Raises:
+        GpuMissing: the build, the driver, a library or the model does not allow it.
+    """
+    import onnxruntime
+
+    wanted = TENSORRT if gpu.tensorrt else CUDA
+    if wanted not in onnxruntime.get_available_providers():
+        raise GpuMissing(
+            f"this onnxruntime is built without {wanted.removesuffix('ExecutionProvider')}: "
+            "pip install 'mixer-serve[gpu]' instead"
+        )
+    _load_libraries(tensorrt=gpu.tensorrt)
+    onnxruntime.set_default_logger_severity(4)  # what fails below reaches the operator as one line
+    # Without this a node that the GPU cannot run, or all of them, would land silently on the CPU.
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    try:
+        providers = [(CUDA, cuda_options(gpu))]
+        if gpu.tensorrt:
+            providers.insert(0, (TENSORRT, tensorrt_options(gpu, _input_shape(path), max_batch)))
+        session = onnxruntime.InferenceSession(path, options, providers=providers)
+    except Exception as error:  # onnxruntime raises a class of its own for each status
+        reason = str(error).strip().partition("\n")[0]
+        raise GpuMissing(f"it cannot run {path} there ({reason})") from error
+    if session.get_providers()[0] != wanted:
+        raise GpuMissing(f"onnxruntime fell back to {session.get_providers()[0]}")
+    return session, wanted
+
+
+def cuda_options(gpu: GpuOptions) -> dict[str, str]:
+    """Return the CUDA provider's options, in ONNX Runtime's words."""
+    options = {
+        # Rounding factors to 11 bits moves fp32 logits by 4e-4 of the largest, which no golden
+        # sample passes. Who wants speed exports fp16.
+        "use_tf32": "0",
+        # Beside TensorRT it runs what is left over, and a graph would have to hold every node.
+        "enable_cuda_graph": str(int(not gpu.tensorrt)),
+        # Batch sizes are fixed: an arena that grows by doubling would only hold memory.
+        "arena_extend_strategy": "kSameAsRequested",
+    }
+    if gpu.memory_mib:
+        options["gpu_mem_limit"] = str(gpu.memory_mib * 2**20)
+    return options
+
+
+def tensorrt_options(gpu: GpuOptions, shape: tuple[int, int], max_batch: int) -> dict[str, str]:
+    """Return TensorRT's options for patches of `shape` [tokens, P·P·3], in ONNX Runtime's words.
+
+    The profile covers every batch size, or TensorRT would build its engine anew for each.
+    """
+    tail = f"x{shape[0]}x{shape[1]}"
+    options = {
+        "trt_profile_min_shapes": f"patches:1{tail}",
+        "trt_profile_opt_shapes": f"patches:{max_batch}{tail}",
+        "trt_profile_max_shapes": f"patches:{max_batch}{tail}",
+    }
+    if gpu.memory_mib:
+        options["trt_max_workspace_size"] = str(gpu.memory_mib * 2**20)
+    if gpu.tensorrt_cache is not None:
+        options |= {
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": str(gpu.tensorrt_cache),
+            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_path": str(gpu.tensorrt_cache),
+        }
+    return options
+
+
+def _input_shape(path: Path) -> tuple[int, int]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    _, tokens, patch_bytes = session.get_inputs()[0].shape
+    return tokens, patch_bytes
+
+
+def pin(buffer: NDArray[np.uint8]) -> None:
+    """Lock a staging buffer into memory for as long as the process lives: the GPU then reads it.
+
+    Raises:
+        StartupError: CUDA refuses.
+    """
+    runtime = ctypes.CDLL(f"libcudart.so.{_cuda_major()}")
+    status = runtime.cudaHostRegister(
+        ctypes.c_void_p(buffer.ctypes.data), ctypes.c_size_t(buffer.nbytes), ctypes.c_uint(0)
+    )
+    if status:
+        raise StartupError(f"CUDA cannot pin {buffer.nbytes} bytes of memory (error {status})")
+
+
+def leave_pageable(_: NDArray[np.uint8]) -> None:
+    """Pin nothing: on the CPU there is nobody to pin for."""
+
+
+def _load_libraries(*, tensorrt: bool) -> None:
+    import onnxruntime
+
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise GpuMissing(
+            "the NVIDIA driver's libcuda.so.1 is missing: run on a GPU host, with --gpus all"
+        ) from error
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it finds, and never raises
+        onnxruntime.preload_dlls()
+    folder = Path(str(onnxruntime.__file__)).parent / "capi"
+    names = ["libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so"]
+    if tensorrt:
+        names.append("libonnxruntime_providers_tensorrt.so")
+    for name in names:
+        try:
+            ctypes.CDLL(str(folder / name), os.RTLD_GLOBAL | os.RTLD_NOW)
+        except OSError as error:
+            raise GpuMissing(f"onnxruntime's GPU provider cannot load: {error}") from error
+
+
+def _cuda_major() -> str:
+    from onnxruntime.capi import build_and_package_info
+
+    return str(build_and_package_info.cuda_version).partition(".")[0]

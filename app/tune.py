@@ -1,0 +1,224 @@
+"""The command `mixer-serve tune MODEL`: which batch size and threads are best on this machine.
+
+Times the engine alone over batch sizes and, on the CPU, threads; prints the latency curve, writes
+the settings it recommends as an env file, and draws the curve.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO, get_args
+
+import numpy as np
+
+from app.buckets import bucket_sizes
+from app.cpus import available_cpus
+from app.engine import CPU, Device, Engine, OnnxEngine
+from app.errors import StartupError
+
+# Each point: at least so many runs and so long, for a median that a hiccup does not move.
+MIN_RUNS = 5
+MIN_SECONDS = 0.5
+# Larger batches and more threads that gain less than this are not worth their latency and cores.
+WORTH = 0.05
+BAR_CELLS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One measurement of the engine."""
+
+    threads: int
+    batch: int
+    latency_ms: float  # median of one inference
+
+    @property
+    def images_per_s(self) -> float:
+        """Images per second of one inference after the other."""
+        return self.batch / self.latency_ms * 1000
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print, write and draw; return the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        points, device = sweep(options)
+        best = recommend(points, options.latency_ms)
+        settings = {
+            "MIXER_MODEL": options.model.resolve(),
+            "MIXER_DEVICE": device,
+            "MIXER_THREADS": best.threads,
+            "MIXER_MAX_BATCH": best.batch,
+        }
+        lines = [f"{name}={value}" for name, value in settings.items()]
+        options.output.write_text("\n".join(lines) + "\n")
+    except (StartupError, OSError) as error:
+        sys.stderr.write(f"mixer-serve: {error}\n")
+        return 1
+    _print(table(points, best), *lines, f"written to {options.output}")
+    _print(draw(points, best, options.output.with_suffix(".png")))
+    return 0
+
+
+def sweep(options: argparse.Namespace) -> tuple[list[Point], str]:
+    """Return a point for each number of threads and batch size, and the device they ran on.
+
+    Raises:
+        StartupError: the model or the device cannot be had.
+    """
+    device: Device = options.device
+    engine = _open(options, device, available_cpus())
+    chosen: Device = device if engine.provider != CPU else "cpu"
+    # On a GPU the threads of the CPU have nothing to do.
+    threads = bucket_sizes(available_cpus()) if chosen == "cpu" else (1,)
+    sizes = bucket_sizes(options.max_batch)
+    points: list[Point] = []
+    progress = _Progress(len(threads) * len(sizes), sys.stderr)
+    for count in threads:
+        engine = _open(options, chosen, count)
+        for batch in sizes:
+            progress.step(f"{count} threads, batch {batch}")
+            points.append(Point(count, batch, _latency_ms(engine, batch)))
+    progress.end()
+    return points, "cuda" if chosen == "auto" else chosen
+
+
+def recommend(points: Sequence[Point], latency_ms: float) -> Point:
+    """Return the point to serve with: the most images per second within the latency.
+
+    An image that comes while a batch runs waits for it first, so two batches must fit. Among points
+    within `WORTH` of the best the one of fewest threads, then of the smallest batch. Where not even
+    one image fits, the fastest single image.
+    """
+    fitting = [point for point in points if 2 * point.latency_ms <= latency_ms]
+    if not fitting:
+        return min(points, key=lambda point: (point.batch, point.latency_ms))
+    most = max(point.images_per_s for point in fitting)
+    worthy = [point for point in fitting if point.images_per_s >= (1 - WORTH) * most]
+    return min(worthy, key=lambda point: (point.threads, point.batch))
+
+
+def table(points: Sequence[Point], best: Point) -> str:
+    """Return the latency curve as text, the recommended point marked."""
+    lines = ["threads  batch  latency ms  images/s"]
+    for point in points:
+        mark = "  <- recommended" if point == best else ""
+        lines.append(
+            f"{point.threads:7}  {point.batch:5}  {point.latency_ms:10.2f}  "
+            f"{point.images_per_s:8.1f}{mark}"
+        )
+    return "\n".join(lines)
+
+
+def draw(points: Sequence[Point], best: Point, path: Path) -> str:
+    """Draw latency and images per second over the batch size as PNG; return what was done."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "no curve drawn: matplotlib is missing (pip install 'mixer-serve[export]')"
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for threads in sorted({point.threads for point in points}):
+        curve = [point for point in points if point.threads == threads]
+        batches = [point.batch for point in curve]
+        label = f"{threads} thread{'s' if threads > 1 else ''}"
+        left.plot(batches, [point.latency_ms for point in curve], marker="o", label=label)
+        right.plot(batches, [point.images_per_s for point in curve], marker="o", label=label)
+    left.plot(best.batch, best.latency_ms, "o", color="black", markersize=9, label="recommended")
+    right.plot(best.batch, best.images_per_s, "o", color="black", markersize=9)
+    left.set(xlabel="batch", ylabel="latency, ms", xscale="log", yscale="log")
+    right.set(xlabel="batch", ylabel="images/s", xscale="log", ylim=(0, None))
+    for axes in (left, right):
+        axes.set_xticks(sorted({point.batch for point in points}))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+    left.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    return f"curve drawn to {path}"
+
+
+def _latency_ms(engine: Engine, batch: int) -> float:
+    preprocessing = engine.card.preprocessing
+    shape = (batch, preprocessing.tokens, preprocessing.patch_bytes)
+    patches = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    engine.run(patches)  # the first run of a size allocates, and captures the graph on a GPU
+    return statistics.median(_runs_ms(engine, patches))
+
+
+def _runs_ms(engine: Engine, patches: "np.typing.NDArray[np.uint8]") -> Iterator[float]:
+    begin, runs = time.perf_counter(), 0
+    while runs < MIN_RUNS or time.perf_counter() < begin + MIN_SECONDS:
+        start = time.perf_counter()
+        engine.run(patches)
+        yield (time.perf_counter() - start) * 1000
+        runs += 1
+
+
+def _open(options: argparse.Namespace, device: Device, threads: int) -> OnnxEngine:
+    return OnnxEngine(options.model, device, threads, max_batch=options.max_batch)
+
+
+class _Progress:
+    """One line that is written over, on a terminal only."""
+
+    def __init__(self, total: int, stream: TextIO) -> None:
+        self._total = total
+        self._done = 0
+        self._stream = stream
+
+    def step(self, what: str) -> None:
+        """Say what is being measured."""
+        if self._stream.isatty():
+            cells = BAR_CELLS * self._done // self._total
+            bar = "#" * cells + "." * (BAR_CELLS - cells)
+            self._stream.write(f"\r\x1b[K[{bar}] {self._done}/{self._total} {what}")
+            self._stream.flush()
+        self._done += 1
+
+    def end(self) -> None:
+        """Clear the line."""
+        if self._stream.isatty():
+            self._stream.write("\r\x1b[K")
+
+
+def _print(*lines: str) -> None:
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mixer-serve tune",
+        description="Time a model on this machine, and write the settings that suit both.",
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="an .onnx of mixer-export")
+    parser.add_argument(
+        "--device", choices=get_args(Device), default="auto", help="as for serving (default: auto)"
+    )
+    parser.add_argument(
+        "--max-batch",
+        type=int,
+        choices=range(1, 4097),
+        default=64,
+        metavar="IMAGES",
+        help="largest batch that is tried, 1 to 4096 (default: 64)",
+    )
+    parser.add_argument(
+        "--latency-ms",
+        type=float,
+        default=200.0,
+        metavar="MS",
+        help="longest wait and inference together that may be recommended (default: 200)",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("mixer-serve.env"),
+        metavar="FILE",
+        help="env file to write; the curve goes beside it as .png (default: mixer-serve.env)",
+    )
+    return parser

@@ -1,0 +1,114 @@
+"""The folder of a training run: what it holds, and how it survives a kill at any moment.
+
+    state.pt            everything to go on with, bit for bit; tensors and plain values alone
+    model.safetensors   the weights to serve, in timm's names: with config.json it is a timm
+    config.json         model folder, which mixer-export convert reads
+    recipe.toml         every number of the recipe; mixer-train --config repeats the run
+    metrics.csv         one line per epoch
+    skipped.txt         files that were no readable pictures
+    curves.png, confusion.png, model_card.md
+
+Each file is written beside its place and moved there, so that a reader sees the old or the new one.
+"""
+
+import csv
+import io
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors.torch import save
+
+from app.model_card import Preprocessing
+from model_export import timm
+from model_export.errors import ExportError
+from model_export.mixer import Mixer
+
+STATE = "state.pt"
+_FORMAT = 1
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        path: where it is or will be.
+        resume: whether a run must be there already, or must not.
+
+    Raises:
+        ExportError: there is a run and `resume` is false, or the other way round.
+    """
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        self.path = path
+        if resume and not (path / STATE).is_file():
+            raise ExportError(f"--resume: {path} holds no run ({STATE} is missing)")
+        if not resume and (path / STATE).exists():
+            raise ExportError(f"{path} holds a run: --resume goes on with it, or choose another -o")
+        path.mkdir(parents=True, exist_ok=True)
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Write tensors and plain values; on return they are on the disk."""
+        self._replace(STATE, lambda file: torch.save({"format": _FORMAT, **state}, file))
+
+    def load_state(self) -> dict[str, Any]:
+        """Read what `save_state` wrote; nothing in the file is executed.
+
+        Raises:
+            ExportError: the file is damaged or from another version.
+        """
+        path = self.path / STATE
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+            reason = str(error).strip().split("\n", maxsplit=1)[0]
+            raise ExportError(f"{path}: not a readable training state ({reason})") from error
+        if not isinstance(state, dict) or state.get("format") != _FORMAT:
+            raise ExportError(f"{path}: not a training state of this version")
+        return state
+
+    def write_model(
+        self, model: Mixer, preprocessing: Preprocessing, labels: tuple[str, ...]
+    ) -> None:
+        """Write the weights and what one must know to use them, as a timm model folder."""
+        self.write("model.safetensors", save(timm.to_tensors(model), {"format": "pt"}))
+        squash = preprocessing.resize == "squash"
+        config = {
+            "architecture": timm.FAMILIES[type(model)],
+            "num_classes": len(labels),
+            "label_names": list(labels),
+            "pretrained_cfg": {
+                "input_size": [3, preprocessing.image_size, preprocessing.image_size],
+                "interpolation": preprocessing.interpolation,
+                "crop_mode": "squash" if squash else "center",
+                "crop_pct": 1.0 if squash else preprocessing.crop_fraction,
+                "mean": list(preprocessing.mean),
+                "std": list(preprocessing.std),
+            },
+        }
+        self.write("config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n"))
+
+    def write_metrics(self, history: list[dict[str, float]]) -> None:
+        """Write one line per epoch."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(history[0]) if history else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: f"{value:.6g}" for key, value in epoch.items()} for epoch in history)
+        self.write("metrics.csv", text.getvalue())
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write a whole file."""
+        data = content.encode() if isinstance(content, str) else content
+        self._replace(name, lambda file: file.write(data))
+
+    def _replace(self, name: str, fill: Callable[[BinaryIO], object]) -> None:
+        draft = self.path / f".{name}.draft"
+        with draft.open("wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(self.path / name)

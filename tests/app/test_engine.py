@@ -1,0 +1,117 @@
+"""The engine: buckets on the CPU, refusals without a GPU, the options a GPU is opened with."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from app.buckets import bucket_sizes
+from app.cuda import GpuOptions, cuda_options, tensorrt_options
+from app.engine import OnnxEngine
+from app.errors import StartupError
+from app.settings import EMBEDDED_MODEL
+
+
+@pytest.fixture(scope="module")
+def exact() -> OnnxEngine:
+    """Return the embedded model on the CPU, batches at their own size."""
+    return OnnxEngine(EMBEDDED_MODEL, "cpu", 1)
+
+
+@pytest.fixture(scope="module")
+def bucketed() -> OnnxEngine:
+    """Return the embedded model on the CPU in buckets of 1, 2, 4, 8 and 11."""
+    return OnnxEngine(EMBEDDED_MODEL, "cpu", 1, max_batch=11, bucketed=True)
+
+
+def draw(batch: int, seed: int = 0) -> "np.typing.NDArray[np.uint8]":
+    """Return random patches uint8 [batch, 64, 48]."""
+    return np.random.default_rng(seed).integers(0, 256, (batch, 64, 48), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "sizes"),
+    [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3)), (8, (1, 2, 4, 8)), (12, (1, 2, 4, 8, 12))],
+)
+def test_bucket_sizes(max_batch: int, sizes: tuple[int, ...]) -> None:
+    """Buckets are the doublings below the largest batch, and that batch itself."""
+    assert bucket_sizes(max_batch) == sizes
+
+
+@pytest.mark.parametrize("batch", range(1, 12))
+def test_padded_batches_answer_as_exact_ones(
+    exact: OnnxEngine, bucketed: OnnxEngine, batch: int
+) -> None:
+    """A batch padded to its bucket gets the logits of the same batch at its own size."""
+    patches = draw(batch, seed=batch)
+    logits = bucketed.run(patches)
+    assert logits.shape == (batch, 10)
+    np.testing.assert_allclose(logits, exact.run(patches), atol=1e-5)
+
+
+def test_answers_survive_the_next_batch(bucketed: OnnxEngine) -> None:
+    """Logits already handed out do not change when the bucket's buffers are used again."""
+    first = bucketed.run(draw(4, seed=1))
+    kept = first.copy()
+    bucketed.run(draw(4, seed=2))
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_padding_is_left_over_and_harmless(bucketed: OnnxEngine) -> None:
+    """What an earlier batch left in the padding does not touch a later answer."""
+    patches = draw(3, seed=3)
+    bucketed.run(draw(4, seed=4))
+    before = bucketed.run(patches)
+    bucketed.run(draw(4, seed=5))
+    np.testing.assert_array_equal(bucketed.run(patches), before)
+
+
+def test_any_thread_may_call(exact: OnnxEngine, bucketed: OnnxEngine) -> None:
+    """Batches from several threads at once get each their own answer."""
+    batches = [draw(1 + seed % 11, seed) for seed in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(bucketed.run, batches))
+    for batch, answer in zip(batches, answers, strict=True):
+        np.testing.assert_allclose(answer, exact.run(batch), atol=1e-5)
+
+
+def test_batch_over_the_largest_bucket(bucketed: OnnxEngine) -> None:
+    """A batch that fits no bucket is refused by its size, not cut."""
+    with pytest.raises(ValueError, match="a batch of 12 is over the largest of 11"):
+        bucketed.run(draw(12))
+
+
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_gpu_that_is_missing_stops_the_start(device: str) -> None:
+    """A GPU device that cannot be had is one line that names the setting, never the CPU."""
+    try:
+        engine = OnnxEngine(EMBEDDED_MODEL, device, 1)  # type: ignore[arg-type] # a Literal, by parameter
+    except StartupError as error:
+        assert str(error).startswith(f"MIXER_DEVICE={device}: ")  # noqa: PT017 - a GPU machine has no error
+        assert "\n" not in str(error)  # noqa: PT017 - as above
+    else:
+        assert engine.provider != "CPUExecutionProvider"
+
+
+def test_cuda_options() -> None:
+    """Graphs are on except beside TensorRT, TF32 is off, the arena's limit is in bytes."""
+    plain = cuda_options(GpuOptions())
+    assert plain["enable_cuda_graph"] == "1"
+    assert plain["use_tf32"] == "0"
+    assert "gpu_mem_limit" not in plain
+    chosen = cuda_options(GpuOptions(memory_mib=512))
+    assert chosen["gpu_mem_limit"] == str(512 * 1024 * 1024)
+    assert cuda_options(GpuOptions(tensorrt=True))["enable_cuda_graph"] == "0"
+
+
+def test_tensorrt_options() -> None:
+    """One profile covers every batch size, and the engine is cached only where a folder is set."""
+    options = tensorrt_options(GpuOptions(tensorrt=True), (196, 768), 16)
+    assert options["trt_profile_min_shapes"] == "patches:1x196x768"
+    assert options["trt_profile_max_shapes"] == "patches:16x196x768"
+    assert "trt_engine_cache_enable" not in options
+    cached = tensorrt_options(
+        GpuOptions(tensorrt=True, tensorrt_cache=Path("/cache")), (196, 768), 16
+    )
+    assert cached["trt_engine_cache_path"] == "/cache"

@@ -1,0 +1,88 @@
+"""`mixer-serve tune MODEL`: what it measures, recommends, writes and draws."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from app import tune
+from app.settings import EMBEDDED_MODEL, read_settings
+from app.tune import Point, draw, recommend
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command."""
+    return subprocess.run(
+        [sys.executable, "-m", "app.serve", "tune", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_tunes_the_embedded_model(tmp_path: Path) -> None:
+    """The settings it writes are settings of the server, and the curve is a PNG beside them."""
+    output = tmp_path / "tuned.env"
+    done = run(str(EMBEDDED_MODEL), "--device", "cpu", "--max-batch", "2", "-o", str(output))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("<- recommended") == 1
+    environment = dict(line.split("=", 1) for line in output.read_text().splitlines())
+    settings = read_settings([], environment)
+    assert settings.model == EMBEDDED_MODEL.resolve()
+    assert settings.device == "cpu"
+    assert settings.max_batch in (1, 2)
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_missing_model_is_one_line(tmp_path: Path) -> None:
+    """A model that is not there is refused in one line, and nothing is written."""
+    output = tmp_path / "tuned.env"
+    done = run(str(tmp_path / "none.onnx"), "-o", str(output))
+    assert done.returncode == 1
+    assert done.stderr.startswith("mixer-serve: MIXER_MODEL=")
+    assert done.stderr.count("\n") == 1
+    assert not output.exists()
+
+
+def test_missing_matplotlib_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without matplotlib the curve is left out, and the report says so and how to get it."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    point = Point(threads=1, batch=1, latency_ms=1.0)
+    said = draw([point], point, tmp_path / "curve.png")
+    assert said == "no curve drawn: matplotlib is missing (pip install 'mixer-serve[export]')"
+    assert not (tmp_path / "curve.png").exists()
+
+
+POINTS = [
+    Point(threads=1, batch=1, latency_ms=10),  # 100 images/s
+    Point(threads=1, batch=8, latency_ms=50),  # 160
+    Point(threads=1, batch=16, latency_ms=98),  # 163
+    Point(threads=2, batch=8, latency_ms=26),  # 308
+    Point(threads=2, batch=16, latency_ms=51),  # 314
+    Point(threads=2, batch=32, latency_ms=110),  # 291
+]
+
+
+@pytest.mark.parametrize(
+    ("latency_ms", "threads", "batch"),
+    [
+        pytest.param(1000, 2, 8, id="16 gains 2 %, which is not worth it"),
+        pytest.param(60, 2, 8, id="two batches fit"),
+        pytest.param(40, 1, 1, id="only single images fit"),
+        pytest.param(5, 1, 1, id="nothing fits: the fastest single image"),
+    ],
+)
+def test_recommendation(latency_ms: float, threads: int, batch: int) -> None:
+    """The most images per second within the latency, by the fewest threads and smallest batch."""
+    best = recommend(POINTS, latency_ms)
+    assert (best.threads, best.batch) == (threads, batch)
+
+
+def test_fewer_threads_where_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that gain less than WORTH are left to decoding."""
+    points = [Point(1, 8, 50), Point(2, 8, 49)]
+    assert recommend(points, 1000).threads == 1
+    monkeypatch.setattr(tune, "WORTH", 0.0)
+    assert recommend(points, 1000).threads == 2

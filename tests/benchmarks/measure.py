@@ -1,0 +1,117 @@
+"""One visit to one server: start it, load it in several ways, read its CPU and memory."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.peers import Server
+from tests.benchmarks.processes import ROOT, BenchmarkError, Running, running
+
+Figures = dict[str, Any]
+# Connections of the open loop: enough that a due request rarely waits for a free one.
+OPEN_LOOP_CONNECTIONS = 128
+WARM_UP_S = 1.0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all visits of one run share."""
+
+    environments: dict[str, Path]  # by server
+    bodies: dict[str, list[Path]]  # by server, its request bodies
+    photo: bytes
+    variables: dict[str, str]  # BENCH_… for every server
+    seconds: float  # of one load
+
+
+def closed_loops(bench: Bench, server: Server, connections: tuple[int, ...]) -> Figures:
+    """Return start, memory, and for each number of connections rate, CPU and latency."""
+    with _visit(bench, server) as running_server:
+        loops = {
+            str(count): _load(bench, server, running_server, count, 0.0) for count in connections
+        }
+        return {
+            "ready_s": running_server.ready_s,
+            "pss_bytes": running_server.pss_bytes(),
+            "closed": loops,
+        }
+
+
+def open_loops(bench: Bench, server: Server, rates: list[float]) -> Figures:
+    """Return latency and answers at each constant rate of requests per second."""
+    with _visit(bench, server) as running_server:
+        return {
+            f"{rate:g}": _load(bench, server, running_server, OPEN_LOOP_CONNECTIONS, rate)
+            for rate in rates
+        }
+
+
+def front_end(bench: Bench, server: Server, cores: frozenset[int]) -> Figures:
+    """Return what the server feeds when it may use only `cores`."""
+    with running(
+        server, bench.environments[server.name], bench.variables, bench.photo, cores
+    ) as running_server:
+        _load(bench, server, running_server, 32, 0.0, WARM_UP_S)
+        return _load(bench, server, running_server, 32, 0.0)
+
+
+def _visit(bench: Bench, server: Server) -> Any:
+    return running(server, bench.environments[server.name], bench.variables, bench.photo)
+
+
+def _load(
+    bench: Bench,
+    server: Server,
+    target: Running,
+    connections: int,
+    rate: float,
+    seconds: float | None = None,
+) -> Figures:
+    if seconds is None:
+        _load(bench, server, target, connections, rate, WARM_UP_S)
+    job = {
+        "port": target.port,
+        "head": server.head(target.port),
+        "bodies": [str(path) for path in bench.bodies[server.name]],
+        "seconds": seconds or bench.seconds,
+        "connections": connections,
+        "rate": rate,
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(job, file)
+        file.flush()
+        before = target.cpu_s()
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.benchmarks.load", file.name],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        cpu_s = target.cpu_s() - before
+    if done.returncode:
+        raise BenchmarkError(f"the load on {server.name} failed: {done.stderr.strip()[-300:]}")
+    return summary(json.loads(done.stdout), cpu_s)
+
+
+def summary(result: Figures, cpu_s: float) -> Figures:
+    """Condense what the load generator saw; CPU time counts all requests, late ones too."""
+    latencies = sorted(result["latencies_ms"])
+    answered = sum(result["statuses"].values())
+
+    def percentile(share: float) -> float:
+        return latencies[min(int(share * len(latencies)), len(latencies) - 1)] if latencies else 0.0
+
+    return {
+        "per_s": len(latencies) / result["seconds"],
+        "cpu_ms": cpu_s / max(answered, 1) * 1000,
+        "p50_ms": percentile(0.50),
+        "p99_ms": percentile(0.99),
+        "failed": answered - result["statuses"].get("200", 0) + result["unanswered"],
+        "answered": answered,
+        "load_cpu_ms": result["cpu_s"] / max(answered, 1) * 1000,
+    }

@@ -1,0 +1,160 @@
+"""Servers as processes: installed, started, watched, stopped."""
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.benchmarks.peers import Server
+
+ROOT = Path(__file__).parents[2]
+START_TIMEOUT_S = 90.0
+STOP_TIMEOUT_S = 15.0
+
+
+class BenchmarkError(Exception):
+    """A server cannot be installed or does not start; the message says where its output is."""
+
+
+def install(server: Server, folder: Path) -> Path:
+    """Return the server's own virtual environment, made on first use."""
+    environment = folder / server.name.lower()
+    log, mark = folder / f"{server.name.lower()}.log", environment / "installed"
+    wanted = "\n".join(server.packages)
+    if mark.exists() and mark.read_text() == wanted:
+        return environment
+    folder.mkdir(parents=True, exist_ok=True)
+    create = [sys.executable, "-m", "venv", str(environment)]
+    pip = [str(environment / "bin/python"), "-m", "pip", "install", "--quiet"]
+    with log.open("w") as output:
+        for command in (create, [*pip, *server.packages]):
+            if subprocess.run(command, cwd=ROOT, stdout=output, stderr=output).returncode:
+                raise BenchmarkError(f"{server.name} cannot be installed: see {log}")
+    mark.write_text(wanted)
+    return environment
+
+
+def installed_bytes(environment: Path) -> int:
+    """Return the size of the packages in a virtual environment, pip and setuptools left out."""
+    packages = next(environment.glob("lib/python*/site-packages"))
+    return sum(
+        file.lstat().st_size
+        for folder in packages.iterdir()
+        if not folder.name.startswith(("pip", "setuptools"))
+        for file in ([folder] if folder.is_file() else folder.rglob("*"))
+        if file.is_file()
+    )
+
+
+@dataclass
+class Running:
+    """A server that answers."""
+
+    port: int
+    ready_s: float
+    process: psutil.Process
+
+    def cpu_s(self) -> float:
+        """Return the CPU seconds of all its processes so far."""
+        times = [process.cpu_times() for process in self._processes()]
+        return sum(t.user + t.system for t in times)
+
+    def pss_bytes(self) -> int:
+        """Return its memory, each shared page divided by its sharers."""
+        return sum(process.memory_full_info().pss for process in self._processes())
+
+    def _processes(self) -> list[psutil.Process]:
+        return [self.process, *self.process.children(recursive=True)]
+
+
+@contextmanager
+def running(
+    server: Server,
+    environment: Path,
+    variables: dict[str, str],
+    photo: bytes,
+    cores: frozenset[int] | None = None,
+) -> Iterator[Running]:
+    """Start a server, wait for its first answer to a photo, and stop it with all its processes."""
+    port = _free_port()
+    words = {
+        "bin": str(environment / "bin"),
+        "port": str(port),
+        "model": variables["BENCH_MODEL"],
+        "threads": variables["BENCH_THREADS"],
+        "batch": variables["BENCH_MAX_BATCH"],
+    }
+    log = environment.parent / f"{server.name.lower()}.output"
+    begin = time.perf_counter()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            server.command.format_map(words).split(),
+            cwd=ROOT,
+            env=_environment() | variables | {"BENCH_PORT": str(port)},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=None if cores is None else lambda: os.sched_setaffinity(0, cores),
+        )
+    watched = psutil.Process(process.pid)
+    family = [watched]
+    try:
+        while not _answers(server, port, photo):
+            if process.poll() is not None or time.perf_counter() > begin + START_TIMEOUT_S:
+                raise BenchmarkError(f"{server.name} does not start: see {log}")
+            time.sleep(0.02)
+        yield Running(port, time.perf_counter() - begin, watched)
+    finally:
+        if process.poll() is None:
+            family += watched.children(recursive=True)
+            process.send_signal(signal.SIGINT)
+        _, alive = psutil.wait_procs(family, STOP_TIMEOUT_S)
+        for left in alive:
+            left.kill()
+        process.wait()
+
+
+def _answers(server: Server, port: int, photo: bytes) -> bool:
+    """Return whether a real photo gets an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_TIMEOUT_S)
+    body = server.body(photo)
+    head = server.head(port).replace("{length}", str(len(body))).split("\r\n")[1:]
+    headers = dict(line.split(": ", 1) for line in head if line)
+    try:
+        connection.request("POST", server.path, body, headers)
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _environment() -> dict[str, str]:
+    """Return this environment without settings that would tilt the comparison."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MIXER_", "BENCH_"))}
+    return kept | {
+        "PYTHONPATH": str(ROOT),
+        "BENTOML_DO_NOT_TRACK": "1",
+        # Triton's Python stub loads libpython by name: it must be this interpreter's own.
+        "LD_LIBRARY_PATH": str(sysconfig.get_config_var("LIBDIR")),
+    }
+
+
+def _free_port() -> int:
+    """Return a port that is free, with the two after it (Triton wants three)."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if port < 65_000:
+            return port

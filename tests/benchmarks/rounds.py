@@ -1,0 +1,184 @@
+"""The order of the measurements: rounds that alternate between servers, and their medians.
+
+Whatever else the machine does meanwhile then meets all servers alike.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tests.benchmarks import models
+from tests.benchmarks.measure import Bench, Figures, closed_loops, front_end, open_loops
+from tests.benchmarks.peers import FRONT_END, OURS, Server
+from tests.benchmarks.photos import load_photos
+from tests.benchmarks.processes import ROOT, BenchmarkError, install, installed_bytes
+
+FOLDER = ROOT / ".bench"
+CONNECTIONS = (1, 16, 64)
+MAX_BATCH = 16
+BARE_BATCHES = ("1", "2", "4", "8", "16")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and for how long."""
+
+    servers: list[Server]
+    models: list[str]
+    photos: Path
+    threads: int
+    rounds: int
+    seconds: float  # of one load
+    rates: tuple[float, ...]  # of the open loop, as shares of the fastest server's throughput
+
+
+class Rounds:
+    """Carries out a plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._photos = load_photos(plan.photos)
+        visits = plan.rounds * len(plan.servers)
+        steps = len(plan.servers) + len(plan.models) * (1 + visits) + visits + plan.rounds
+        self._bar = tqdm(total=steps, unit="visit", disable=None)
+
+    def run(self) -> Figures:
+        """Return all figures.
+
+        Raises:
+            BenchmarkError: a server cannot be installed, started or loaded.
+        """
+        plan = self._plan
+        with self._bar, tempfile.TemporaryDirectory(prefix="mixer-bench-") as scratch:
+            environments = {}
+            for server in plan.servers:
+                self._step(f"install {server.name}")
+                environments[server.name] = install(server, FOLDER)
+            bodies = {s.name: self._write_bodies(s, Path(scratch)) for s in plan.servers}
+            measured = {}
+            for name in plan.models:
+                variables = self._variables(name)
+                bench = Bench(environments, bodies, self._photos[0], variables, plan.seconds)
+                measured[name] = self._closed(name, bench)
+            variables = self._variables(plan.models[0])
+            bench = Bench(environments, bodies, self._photos[0], variables, plan.seconds)
+            found = measured[plan.models[0]]["servers"].values()
+            fastest = max(figures["closed"]["16"]["per_s"] for figures in found)
+            return {
+                "conditions": self._conditions(),
+                "installed_bytes": {n: installed_bytes(e) for n, e in environments.items()},
+                "models": measured,
+                **self._open(bench, [round(share * fastest) for share in plan.rates]),
+            }
+
+    def _closed(self, name: str, bench: Bench) -> Figures:
+        self._step(f"{name}: bare work")
+        bare = [self._bare(bench)]
+        visits: dict[str, list[Figures]] = {server.name: [] for server in self._plan.servers}
+        for number in range(self._plan.rounds):
+            for server in self._in_turn(number):
+                self._step(f"{name}: {server.name}, round {number + 1}")
+                visits[server.name].append(closed_loops(bench, server, CONNECTIONS))
+            bare.append(self._bare(bench))
+        return {"bare": median(bare), "servers": {n: median(v) for n, v in visits.items()}}
+
+    def _open(self, bench: Bench, rates: list[float]) -> Figures:
+        visits: dict[str, list[Figures]] = {server.name: [] for server in self._plan.servers}
+        ends: list[Figures] = []
+        for number in range(self._plan.rounds):
+            for server in self._in_turn(number):
+                self._step(f"open loop: {server.name}, round {number + 1}")
+                visits[server.name].append(open_loops(bench, server, rates))
+            self._step(f"front end, round {number + 1}")
+            if OURS in self._plan.servers:
+                ends.append(self._front_end(bench))
+        return {
+            "open": {name: median(found) for name, found in visits.items()},
+            "front_end": median(ends) if ends else {},
+        }
+
+    def _front_end(self, bench: Bench) -> Figures:
+        """Return, for one core and for all, what is served and what decoding alone would do."""
+        cores = sorted(os.sched_getaffinity(0))
+        found = {}
+        for count in (1, len(cores)):
+            chosen = frozenset(cores[:count])
+            found[str(count)] = {
+                "served": front_end(bench, FRONT_END, chosen),
+                "decode": self._bare(bench, chosen)["decode"],
+            }
+        return found
+
+    def _bare(self, bench: Bench, cores: frozenset[int] | None = None) -> Figures:
+        command = [bench.environments[OURS.name] / "bin/python", "-m", "tests.benchmarks.bare"]
+        arguments = [str(self._plan.photos), str(self._plan.seconds / 4), *BARE_BATCHES]
+        if cores is not None:
+            command = ["taskset", "-c", ",".join(map(str, cores)), *command]
+        done = subprocess.run(
+            [*map(str, command), *arguments],
+            cwd=ROOT,
+            env=os.environ | bench.variables,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise BenchmarkError(f"the bare work failed: {done.stderr.strip()[-300:]}")
+        figures: Figures = json.loads(done.stdout)
+        return figures
+
+    def _in_turn(self, number: int) -> list[Server]:
+        return self._plan.servers[:: -1 if number % 2 else 1]
+
+    def _variables(self, name: str) -> dict[str, str]:
+        path = models.model_file(name, FOLDER / "models")
+        return {
+            "BENCH_MODEL": str(path),
+            "BENCH_THREADS": str(self._plan.threads),
+            "BENCH_MAX_BATCH": str(MAX_BATCH),
+            "BENCH_PREPROCESSING": models.preprocessing_of(path).model_dump_json(),
+        }
+
+    def _write_bodies(self, server: Server, scratch: Path) -> list[Path]:
+        paths = []
+        for number, photo in enumerate(self._photos):
+            path = scratch / f"{server.name}-{number}"
+            path.write_bytes(server.body(photo))
+            paths.append(path)
+        return paths
+
+    def _conditions(self) -> Figures:
+        plan = self._plan
+        return {
+            "cpus": len(os.sched_getaffinity(0)),
+            "load_average": os.getloadavg()[2],
+            "python": platform.python_version(),
+            "onnxruntime": version("onnxruntime"),
+            "photos": len(self._photos),
+            "photos_from": plan.photos.name if plan.photos.exists() else "generated",
+            "photo_bytes": round(statistics.mean(map(len, self._photos))),
+            "threads": plan.threads,
+            "max_batch": MAX_BATCH,
+            "rounds": plan.rounds,
+            "seconds": plan.seconds,
+        }
+
+    def _step(self, what: str) -> None:
+        self._bar.set_description_str(what)
+        self._bar.update()
+
+
+def median(found: list[Any]) -> Any:
+    """Return the medians of figures of one shape."""
+    if isinstance(found[0], dict):
+        return {key: median([one[key] for one in found]) for key in found[0]}
+    return statistics.median(found)

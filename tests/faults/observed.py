@@ -1,0 +1,90 @@
+"""`python -m tests.faults.observed …`: mixer-serve, plus a view of its inside and faults to order.
+
+`OBSERVED_BATCH_MS` puts a fake engine of that latency in the model's place. `GET /observed` shows
+what is in flight and how many images the engine has seen; `?fault=raise`, `nan` or `none` breaks
+and mends the engine.
+"""
+
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI
+from numpy.typing import NDArray
+
+from app import classifier, images, main, serve
+from app.engine import Engine, OnnxEngine
+from app.settings import Settings
+from tests.fakes import FakeEngine
+
+
+class ObservedEngine:
+    """An engine that counts, and fails on demand."""
+
+    def __init__(self, *arguments: object) -> None:
+        batch_ms = os.environ.get("OBSERVED_BATCH_MS")
+        self.engine: Engine = (
+            OnnxEngine(*arguments)  # type: ignore[arg-type] # passed on as they come
+            if batch_ms is None
+            else FakeEngine(seconds=float(batch_ms) / 1000)
+        )
+        self.card, self.provider = self.engine.card, self.engine.provider
+        self.images = 0
+        self.fault = "none"
+        self.slower_s = 0.0
+
+    def run(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return logits float32 [batch, classes], or fail as ordered."""
+        self.images += len(patches)
+        time.sleep(self.slower_s)
+        if self.fault == "raise":
+            raise RuntimeError("ordered to fail")
+        logits = self.engine.run(patches)
+        return np.full_like(logits, np.nan) if self.fault == "nan" else logits
+
+
+class Slowest:
+    """Watches the decoder: the CPU time of the slowest image so far."""
+
+    cpu_s = 0.0
+
+    def decode(self, *arguments: Any) -> images.Picture:
+        """Decode as usual."""
+        start = time.thread_time()
+        try:
+            return images.decode(*arguments)
+        finally:
+            self.cpu_s = max(self.cpu_s, time.thread_time() - start)
+
+
+def create_observed_app(settings: Settings, engine: ObservedEngine) -> FastAPI:
+    """Return the service with one more route."""
+    slowest = Slowest()
+    classifier.decode = slowest.decode  # type: ignore[attr-defined,assignment] # the same face
+    app = main.create_app(settings, engine)
+
+    @app.get("/observed", include_in_schema=False)
+    async def observed(fault: str = "", slower_ms: int | None = None) -> dict[str, int]:
+        engine.fault = fault or engine.fault
+        if slower_ms is not None:
+            engine.slower_s = slower_ms / 1000
+        admission = app.state.service.admission
+        return {
+            "requests": admission.requests,
+            "body_bytes": admission.body_bytes,
+            "images": admission.images,
+            "inferred": engine.images,
+            "threads": threading.active_count(),
+            "slowest_decode_us": int(slowest.cpu_s * 1e6),
+        }
+
+    return app
+
+
+if __name__ == "__main__":
+    serve.OnnxEngine = ObservedEngine  # type: ignore[attr-defined,assignment] # the same face
+    serve.create_app = create_observed_app  # type: ignore[attr-defined,assignment] # likewise
+    sys.exit(serve.main())

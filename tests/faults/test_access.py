@@ -1,0 +1,117 @@
+"""Promise 13: who may come in, what every answer carries, what nobody ever reads in the log."""
+
+import secrets
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.fakes import make_image
+from tests.faults.conftest import Figure, Start
+from tests.faults.load import get, one, post
+
+OLD, NEW = "old-key-4f1d", "new-key-93ab"
+HEADERS = ("X-Content-Type-Options", "X-Frame-Options", "Referrer-Policy", "Cache-Control")
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    """Return a file of one API key."""
+    path = tmp_path / "keys"
+    path.write_text(f"# the first one\n{OLD}\n")
+    return path
+
+
+def test_keys(fake: Start, keys: Path) -> None:
+    """Without a known key all but health and pages is a 401 problem; both ways to send one do."""
+    with fake(api_keys_file=keys) as server:
+        for request in (post(make_image()), get("/model"), get("/nowhere")):
+            answer = one(server.url, request)
+            assert answer.status == 401
+            assert answer.header("Content-Type") == "application/problem+json"
+            assert answer.header("WWW-Authenticate") == "Bearer"
+        for wrong in ("", "x", OLD[:-1], OLD + "x", OLD.upper(), "# the first one"):
+            assert one(server.url, post(make_image(), X_API_Key=wrong)).status == 401
+            bearer = post(make_image(), Authorization=f"Bearer {wrong}")
+            assert one(server.url, bearer).status == 401
+        assert one(server.url, post(make_image(), X_API_Key=OLD)).status == 200
+        assert one(server.url, post(make_image(), Authorization=f"bearer {OLD}")).status == 200
+        for path in ("/livez", "/readyz"):
+            assert one(server.url, get(path)).status == 200
+
+
+def test_keys_are_rotated_without_a_restart(fake: Start, keys: Path, figure: Figure) -> None:
+    """A new key counts within two seconds beside the old one, which a later change ends."""
+    with fake(api_keys_file=keys) as server:
+
+        def wait_for(key: str, status: int) -> float:
+            start = time.monotonic()
+            while one(server.url, post(make_image(), X_API_Key=key)).status != status:
+                assert time.monotonic() < start + 5
+                time.sleep(0.05)
+            return time.monotonic() - start
+
+        keys.write_text(f"{OLD}\n{NEW}\n")
+        figure(f"the new key counts after {wait_for(NEW, 200):.1f} s")
+        assert one(server.url, post(make_image(), X_API_Key=OLD)).status == 200
+        keys.write_text(f"{NEW}\n")
+        wait_for(OLD, 401)
+        keys.write_text("")  # an operator's slip locks nobody out, and nobody in
+        time.sleep(1.2)
+        assert one(server.url, post(make_image(), X_API_Key=NEW)).status == 200
+        assert one(server.url, post(make_image(), X_API_Key="")).status == 401
+
+
+def test_security_headers(fake: Start, keys: Path) -> None:
+    """Every answer carries the security headers, refusals below the application included."""
+    with fake(api_keys_file=keys) as server:
+        huge = post(b"", X=70_000 * "x")
+        for request in (get("/livez"), get("/model"), post(b"x"), b"nonsense\r\n\r\n", huge):
+            answer = one(server.url, request)
+            assert answer.status in (200, 400, 401, 431)
+            assert all(answer.header(name) for name in HEADERS), answer.head
+            assert not answer.header("Server")
+
+
+def test_cors_is_off_unless_configured(fake: Start) -> None:
+    """No other origin may call the service, unless it is named."""
+    asked = {"Origin": "https://shop.example", "Access_Control_Request_Method": "POST"}
+    preflight = post(b"", **asked).replace(b"POST /", b"OPTIONS /", 1)
+    with fake() as server:
+        for request in (preflight, post(make_image(), Origin="https://shop.example")):
+            assert not one(server.url, request).header("Access-Control-Allow-Origin")
+    with fake(cors_origins="https://shop.example") as server:
+        for request in (preflight, post(make_image(), Origin="https://shop.example")):
+            allowed = one(server.url, request).header("Access-Control-Allow-Origin")
+            assert allowed == "https://shop.example"
+        foreign = one(server.url, post(make_image(), Origin="https://evil.example"))
+        assert not foreign.header("Access-Control-Allow-Origin")
+
+
+def test_nothing_of_a_user_in_the_log(fake: Start, keys: Path, tmp_path: Path) -> None:
+    """Neither image, file name nor key of any request is in the log, whatever went wrong."""
+    secret = secrets.token_hex(8)
+    path = tmp_path / secret
+    form = (
+        f'--b\r\nContent-Disposition: form-data; name="file"; filename="{path}"\r\n\r\n'
+    ).encode()
+    multipart = {"Content_Type": "multipart/form-data; boundary=b"}
+    bad = secret.encode() * 10
+    with fake(api_keys_file=keys, log_level="debug") as server:
+        for key in (OLD, secret):
+            headers = {"X_API_Key": key}
+            good = form + make_image() + b"\r\n--b--\r\n"
+            one(server.url, post(good, **headers, **multipart))
+            one(server.url, post(form + bad + b"\r\n--b--\r\n", **headers, **multipart))
+            one(server.url, post(form + bad, **headers, **multipart))
+            one(server.url, post(bad, **headers))
+            one(server.url, post(make_image() + bad, **headers))
+            one(server.url, get(f"/classify?key={secret}"))
+        breaking = get("/observed?fault=raise")
+        one(server.url, breaking.replace(b"Host", f"X-API-Key: {OLD}\r\nHost".encode()))
+        one(server.url, post(form + make_image() + b"\r\n--b--\r\n", X_API_Key=OLD, **multipart))
+        log = server.log.read_text()
+        assert "ordered to fail" in log  # it does log
+        assert secret not in log
+        assert OLD not in log
+        assert not path.exists()

@@ -1,0 +1,159 @@
+"""Promise 3: everything that can pile up has a limit, and memory at the limits is their sum.
+
+What the process holds at most, with the default settings and two CPUs (MiB):
+
+    the process itself, model included                                        about 120
+    bodies in flight       max_bytes_in_flight                                      256
+    one form's parts and   2 × max_upload_bytes, while they are cut                  40
+    connections            max_connections × (socket, parser, 64 KiB of body)       260
+    pictures decoding      decode_threads × max_pixels × 20 bytes                 2,000
+    decoded pictures       queue_size × 150 kB at 224 px                            150
+"""
+
+import json
+import time
+
+import uvloop
+
+from tests.fakes import make_image
+from tests.faults.conftest import Figure, Start
+from tests.faults.load import Answer, Load, dial, get, one, post, read_answer
+
+HEAD = b"POST /classify HTTP/1.1\r\nHost: test\r\nContent-Type: image/jpeg\r\n"
+
+
+def observe(url: str) -> dict[str, int]:
+    """Return what is in flight."""
+    values: dict[str, int] = json.loads(one(url, get("/observed")).body)
+    return values
+
+
+def test_requests(fake: Start, figure: Figure) -> None:
+    """The request beyond `max_requests` gets 429, until one of them is done."""
+    with fake(max_requests=10) as server:
+        held = [dial(server.url) for _ in range(10)]
+        for client in held:
+            client.sendall(HEAD + b"Content-Length: 1000\r\n\r\n")
+        while observe(server.url)["requests"] < 10:
+            time.sleep(0.01)
+        refused = one(server.url, post(make_image()))
+        figure(f"the 11th of 10: {refused.status}, Retry-After {refused.header('Retry-After')}")
+        assert refused.status == 429
+        assert int(refused.header("Retry-After")) >= 1
+        assert one(server.url, get("/livez")).status == 200
+        for client in held:
+            client.close()
+        while observe(server.url)["requests"] > 0:
+            time.sleep(0.01)
+        assert one(server.url, post(make_image())).status == 200
+
+
+def test_bytes(fake: Start, figure: Figure) -> None:
+    """Bytes count as they arrive: a promise of bytes holds nobody up, bytes themselves do."""
+    with fake(max_bytes_in_flight=1_000_000, max_upload_bytes=600_000) as server:
+        promised = [dial(server.url) for _ in range(20)]
+        for client in promised:
+            client.sendall(HEAD + b"Content-Length: 600000\r\n\r\n")
+        assert one(server.url, post(make_image())).status == 200
+        for client in promised[:2]:
+            client.sendall(bytes(499_000))
+        while observe(server.url)["body_bytes"] < 900_000:
+            time.sleep(0.01)
+        refused = one(server.url, post(bytes(100_000)))
+        figure(f"{observe(server.url)['body_bytes']} of 1,000,000 held: {refused.status}")
+        assert refused.status == 429
+        for client in promised:
+            client.close()
+        while observe(server.url)["body_bytes"] > 0:
+            time.sleep(0.01)
+        assert one(server.url, post(make_image())).status == 200
+
+
+def test_images(fake: Start, figure: Figure) -> None:
+    """Decoding and waiting together never hold more than `queue_size` images."""
+    with fake(batch_ms=300, max_batch=2, queue_size=20, queue_budget_ms=3_600_000) as server:
+
+        async def run() -> list[Answer]:
+            load = Load(server.url)
+            for _ in range(60):
+                load.fire(post(make_image()), time.monotonic())
+            await load.settle()
+            return load.answers
+
+        statuses = [answer.status for answer in uvloop.run(run())]
+        figure(f"{statuses.count(200)} × 200, {statuses.count(429)} × 429")
+        assert set(statuses) == {200, 429}
+        assert 20 <= statuses.count(200) <= 24
+
+
+def test_connections(fake: Start, figure: Figure) -> None:
+    """The connection beyond `max_connections` is told so and closed; then others may come."""
+    with fake(max_connections=20) as server:
+        held = [dial(server.url) for _ in range(20)]
+        time.sleep(0.2)
+        with dial(server.url) as one_more:
+            answer = read_answer(one_more)
+        figure(f"the 21st of 20: {answer[9:12].decode()}")
+        assert b" 503 " in answer
+        for client in held:
+            client.close()
+        time.sleep(0.2)
+        assert one(server.url, get("/livez")).status == 200
+
+
+def test_memory_at_the_limit_of_bodies(fake: Start, figure: Figure) -> None:
+    """Uploads that fill the budget of bytes hold little more than that, and give it back."""
+    budget = 64 * 2**20
+    with fake(max_bytes_in_flight=budget) as server:
+        one(server.url, post(make_image()))
+        before = server.resident_mib()
+        held = [dial(server.url) for _ in range(12)]
+        for client in held:
+            client.sendall(HEAD + b"Content-Length: 8000000\r\n\r\n" + bytes(7_900_000))
+        time.sleep(1)
+        peak = server.resident_mib() - before
+        for client in held:
+            client.close()
+        time.sleep(0.5)
+        after = server.resident_mib() - before
+        figure(f"{peak:.0f} MiB held for a budget of 64, {after:.0f} after")
+        assert peak < 64 * 1.5 + 16
+        assert after < 32
+
+
+def test_form_of_many_parts(fake: Start, figure: Figure) -> None:
+    """A form of 200,000 tiny parts is refused before they cost the event loop its time."""
+    part = b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\n\r\n'
+    body = part * 200_000 + b"--b--\r\n"
+    with fake() as server:
+        one(server.url, post(make_image()))
+        before = server.resident_mib()
+        start, cpu = time.monotonic(), server.cpu_s()
+        answer = one(server.url, post(body, Content_Type="multipart/form-data; boundary=b"))
+        probe = one(server.url, get("/livez"))
+        figure(
+            f"{len(body) / 2**20:.0f} MiB: {answer.status} after {time.monotonic() - start:.2f} s, "
+            f"memory grew by {server.resident_mib() - before:.0f} MiB"
+        )
+        assert answer.status == 400
+        assert probe.status == 200
+        assert server.cpu_s() - cpu < 1
+        assert server.resident_mib() - before < 64
+
+
+def test_batch_larger_than_the_budget(fake: Start) -> None:
+    """A batch that alone outlasts the queue budget is served when nobody waits."""
+    image = encode_form([make_image()] * 40)
+    with fake(batch_ms=50, max_batch=1, queue_budget_ms=500) as server:
+        answer = one(
+            server.url,
+            post(image, "/classify/batch", Content_Type="multipart/form-data; boundary=b"),
+        )
+        assert answer.status == 200
+        assert len(json.loads(answer.body)["results"]) == 40
+
+
+def encode_form(images: list[bytes]) -> bytes:
+    """Return a multipart form of the repeated field `files`."""
+    head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x"\r\n\r\n'
+    return b"".join(head + image + b"\r\n" for image in images) + b"--b--\r\n"

@@ -1,0 +1,82 @@
+"""Promise 2: what cannot be answered in time never reaches the engine."""
+
+import json
+import time
+
+import pytest
+import uvloop
+
+from tests.fakes import make_image
+from tests.faults.conftest import Figure, Start
+from tests.faults.load import Answer, Load, get, one, post
+
+
+def inferred(url: str) -> int:
+    """Return how many images the engine has seen."""
+    return int(json.loads(one(url, get("/observed")).body)["inferred"])
+
+
+def burst(url: str, count: int, **headers: str) -> list[Answer]:
+    """Return the answers to `count` requests sent at once."""
+
+    async def run() -> list[Answer]:
+        load = Load(url)
+        for _ in range(count):
+            load.fire(post(make_image(), **headers), time.monotonic())
+        await load.settle()
+        return load.answers
+
+    return uvloop.run(run())
+
+
+def test_refused_at_the_door(fake: Start, figure: Figure) -> None:
+    """A deadline below the measured latency is refused at once and costs the engine nothing."""
+    with fake(batch_ms=200) as server:
+        before = inferred(server.url)
+        answers = [one(server.url, post(make_image(), X_Request_Timeout_Ms="150"))] * 5
+        figure(f"refused after {answers[0].latency_s * 1000:.0f} ms of the 200 that it takes")
+        assert {a.status for a in answers} == {504}
+        assert max(a.latency_s for a in answers) < 0.1
+        assert inferred(server.url) == before
+        assert one(server.url, post(make_image(), X_Request_Timeout_Ms="2000")).status == 200
+
+
+def test_refused_behind_a_queue(fake: Start, figure: Figure) -> None:
+    """Of a burst, those are taken that the deadline has time for, and they are answered in it."""
+    with fake(batch_ms=100, max_batch=1) as server:
+        before = inferred(server.url)
+        answers = burst(server.url, 20, X_Request_Timeout_Ms="550")
+        good = [a for a in answers if a.status == 200]
+        figure(
+            f"{len(good)} of 20 answered, the last after {max(a.latency_s for a in good):.3f} s; "
+            f"{inferred(server.url) - before} inferred"
+        )
+        assert {a.status for a in answers} <= {200, 429, 504}
+        assert 3 <= len(good) <= 5
+        assert max(a.latency_s for a in good) < 0.55
+        assert all(a.latency_s < 0.2 for a in answers if a.status == 429)
+        assert inferred(server.url) - before == len(good)
+
+
+@pytest.mark.parametrize("by", ["setting", "header"])
+def test_expired_in_the_queue(fake: Start, figure: Figure, by: str) -> None:
+    """What the engine turns out too slow for is answered 504 on time, and never inferred."""
+    settings = {"request_timeout_ms": 600} if by == "setting" else {}
+    headers = {"X_Request_Timeout_Ms": "600"} if by == "header" else {}
+    with fake(batch_ms=50, max_batch=1, queue_budget_ms=60_000, **settings) as server:
+        one(server.url, get("/observed?slower_ms=350"))  # behind the back of the latency table
+        before = inferred(server.url)
+        answers = burst(server.url, 8, **headers)
+        time.sleep(1.2)  # for what would be inferred by mistake
+        late = [a.latency_s for a in answers if a.status == 504]
+        figure(f"{len(late)} × 504 after {min(late):.3f} to {max(late):.3f} s")
+        assert {a.status for a in answers} == {200, 504}
+        assert 0.59 < min(late) <= max(late) < 0.75
+        assert inferred(server.url) - before <= 2  # the good one, and one that was under way
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "x", "1e3", "9" * 30])
+def test_bad_deadline(fake: Start, value: str) -> None:
+    """A deadline that is no positive whole number is a 422 problem."""
+    with fake() as server:
+        assert one(server.url, post(make_image(), X_Request_Timeout_Ms=value)).status == 422

@@ -1,0 +1,73 @@
+"""Promise 4: a client that hangs up costs nothing more."""
+
+import json
+import socket
+import struct
+import time
+
+from tests.fakes import make_image
+from tests.faults.conftest import Figure, Start
+from tests.faults.load import dial, get, one, post, read_answer
+
+CLIENTS = 200
+
+
+def reset(client: socket.socket) -> None:
+    """Hang up with a reset, as a killed process does."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+def test_queued_clients_reset(fake: Start, figure: Figure) -> None:
+    """200 queued clients reset: the gauges are back at 0 within 250 ms, and none is inferred."""
+    with fake(
+        batch_ms=1000, max_batch=4, queue_budget_ms=3_600_000, request_timeout_ms=600_000
+    ) as server:
+
+        def observe() -> dict[str, int]:
+            values: dict[str, int] = json.loads(one(server.url, get("/observed")).body)
+            return values
+
+        before = observe()["inferred"]
+        busy = dial(server.url)
+        busy.sendall(post(make_image()))
+        time.sleep(0.1)  # this one is in the engine
+        clients = [dial(server.url) for _ in range(CLIENTS)]
+        for client in clients:
+            client.sendall(post(make_image()))
+        while observe()["images"] < CLIENTS + 1:
+            time.sleep(0.01)
+        for client in clients:
+            reset(client)
+        start = time.monotonic()
+        while (state := observe())["images"] > 1:
+            assert time.monotonic() < start + 5
+        took_ms = (time.monotonic() - start) * 1000
+        assert b"200 OK" in read_answer(busy)
+        busy.close()
+        time.sleep(0.05)
+        state = observe()
+        figure(f"gauges at 0 after {took_ms:.0f} ms, {state['inferred'] - before - 1} inferred")
+        assert took_ms < 250
+        assert (state["requests"], state["body_bytes"], state["images"]) == (0, 0, 0)
+        assert state["inferred"] == before + 1
+        log = server.log.read_text()
+        assert "Traceback" not in log
+        assert "never retrieved" not in log
+
+
+def test_hang_up_during_the_upload(fake: Start, figure: Figure) -> None:
+    """Clients that hang up in the middle of their upload leave no request and no byte behind."""
+    with fake() as server:
+        for cut in range(0, 200, 5):
+            client = dial(server.url)
+            client.sendall(post(make_image(side=64))[: 60 + cut])
+            if cut % 10:
+                reset(client)
+            else:
+                client.close()
+        time.sleep(0.25)
+        state = json.loads(one(server.url, get("/observed")).body)
+        figure(f"{state}")
+        assert (state["requests"], state["body_bytes"], state["images"]) == (0, 0, 0)
+        assert "Traceback" not in server.log.read_text()

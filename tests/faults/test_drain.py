@@ -1,0 +1,144 @@
+"""Promise 9: stopping is something that no client notices."""
+
+import asyncio
+import signal
+import socket
+import statistics
+import time
+
+import pytest
+import uvloop
+
+from tests.fakes import make_image
+from tests.faults.conftest import Figure, Start
+from tests.faults.load import BROKEN, REFUSED, Load, dial, get, one, post, read_answer
+from tests.processes import Server
+
+TIMES = 20
+DRAIN_S = 0.6
+PROBE_S = 0.1  # a balancer's, between two looks at /readyz
+
+
+async def stop_under_load(server: Server) -> dict[str, float]:
+    """Send SIGTERM to a server under load, as a balancer in front of it sees it."""
+    load = Load(server.url)
+    probes = Load(server.url)
+    running = asyncio.create_task(load.run([post(make_image())], 150, 30))
+    await asyncio.sleep(0.4)
+    server.process.send_signal(signal.SIGTERM)
+    signalled = time.monotonic()
+    while (await probes.one(get("/readyz"))).status == 200:
+        await asyncio.sleep(0.005)
+    unready_s = time.monotonic() - signalled
+    # The balancer notices a little later; until then it goes on sending.
+    await asyncio.sleep(DRAIN_S - 0.2 - unready_s)
+    running.cancel()
+    await load.settle(10)
+    served = [a for a in load.answers if a.due > signalled + unready_s]
+    kept = [a for a in served if b"connection: close" not in a.head.lower()]
+    while server.process.poll() is None and time.monotonic() < signalled + 20:
+        await asyncio.sleep(0.01)
+    return {
+        "unready_ms": unready_s * 1000,
+        "failed": sum(a.status != 200 for a in load.answers),
+        "served while draining": len(served),
+        "kept alive": len(kept),
+        "exit_s": time.monotonic() - signalled,
+        "exit code": float(server.process.returncode if server.process.poll() is not None else 99),
+    }
+
+
+@pytest.mark.slow
+def test_sigterm_under_load_20_times(fake: Start, figure: Figure) -> None:
+    """20 times SIGTERM under load: readiness fails at once, no request does."""
+    rounds = []
+    for _ in range(TIMES):
+        with fake(batch_ms=10, drain_delay_s=DRAIN_S) as server:
+            rounds.append(uvloop.run(stop_under_load(server)))
+            assert "Traceback" not in server.log.read_text()
+    worst = {name: max(r[name] for r in rounds) for name in rounds[0]}
+    figure(
+        f"unready after {statistics.median(r['unready_ms'] for r in rounds):.0f} ms (worst "
+        f"{worst['unready_ms']:.0f}), {sum(r['failed'] for r in rounds):.0f} failed, "
+        f"{sum(r['served while draining'] for r in rounds):.0f} served while draining, "
+        f"gone after {worst['exit_s']:.1f} s"
+    )
+    assert worst["failed"] == 0
+    assert worst["unready_ms"] < 100
+    assert min(r["served while draining"] for r in rounds) > 0
+    assert worst["kept alive"] == 0
+    assert worst["exit code"] == 0
+    assert worst["exit_s"] < DRAIN_S + 5
+
+
+@pytest.mark.slow
+def test_clients_that_never_look(real: Start, photos: list[bytes], figure: Figure) -> None:
+    """Clients that send to the very end are answered, or find nobody; none is cut off."""
+
+    async def run(server: Server) -> list[int]:
+        load = Load(server.url)
+        running = asyncio.create_task(load.run([post(p) for p in photos], 60, 30))
+        await asyncio.sleep(1)
+        server.process.send_signal(signal.SIGTERM)
+        while server.process.poll() is None:
+            await asyncio.sleep(0.02)
+        running.cancel()
+        await load.settle(10)
+        return [a.status for a in load.answers]
+
+    broken = 0
+    for _ in range(5):
+        with real(drain_delay_s=0.5) as server:
+            statuses = uvloop.run(run(server))
+            broken += sum(status not in (200, REFUSED) for status in statuses)
+            assert statuses.count(200) > 30
+            assert BROKEN not in statuses
+    figure(f"{broken} requests cut off or failed in 5 stops")
+
+
+def test_stuck_upload(fake: Start, figure: Figure) -> None:
+    """An upload that never ends does not hold the exit up longer than the grace time."""
+    with fake(drain_delay_s=0.2, grace_s=1) as server, dial(server.url) as stuck:
+        stuck.sendall(b"POST /classify HTTP/1.1\r\nHost: test\r\nContent-Length: 1000\r\n\r\nx")
+        time.sleep(0.1)
+        start = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        code = server.process.wait(10)
+        took_s = time.monotonic() - start
+        answer = read_answer(stuck)
+        figure(f"gone after {took_s:.2f} s of 1.2, the upload answered {answer[9:12].decode()}")
+        assert code == 0
+        assert took_s < 3
+        assert b" 503 " in answer
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_second_sigterm(fake: Start, figure: Figure) -> None:
+    """A second SIGTERM ends the process at once."""
+    with fake(drain_delay_s=30) as server:
+        server.process.send_signal(signal.SIGTERM)
+        while one(server.url, get("/readyz")).status == 200:
+            pass
+        start = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(5) == 128 + signal.SIGTERM
+        figure(f"after {(time.monotonic() - start) * 1000:.0f} ms")
+
+
+def test_refusals_close_while_draining(fake: Start) -> None:
+    """While draining, every answer carries `Connection: close`, refusals and errors included."""
+    with fake(drain_delay_s=5) as server:
+        kept = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        kept.sendall(get("/livez"))
+        assert b"connection: close" not in read_answer(kept).lower()
+        server.process.send_signal(signal.SIGTERM)
+        while one(server.url, get("/readyz")).status == 200:
+            pass
+        kept.sendall(post(make_image()))  # idle since before the signal
+        answer = read_answer(kept).lower()
+        kept.close()
+        assert answer.startswith(b"http/1.1 200")
+        assert b"connection: close" in answer
+        for request in (get("/livez"), get("/nowhere"), post(b"x"), b"what?\r\n\r\n"):
+            answers = one(server.url, request)
+            assert answers.header("Connection") == "close", request

@@ -1,0 +1,128 @@
+"""Promise 7: nobody can make it hold, write or read more than it said it would."""
+
+import socket
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from tests.fakes import make_image
+from tests.faults.conftest import Figure, Start
+from tests.faults.load import dial, get, one, post, read_answer
+
+LIMIT = 2**20
+HEAD = b"POST /classify HTTP/1.1\r\nHost: test\r\nContent-Type: image/jpeg\r\n"
+
+
+def answered(client: socket.socket) -> bytes:
+    """Return what has come back so far, without waiting."""
+    client.setblocking(False)
+    try:
+        return client.recv(65536)
+    except BlockingIOError:
+        return b""
+    finally:
+        client.settimeout(40)
+
+
+def test_declared_length_is_refused_unread(fake: Start, figure: Figure) -> None:
+    """100 requests that declare ten gigabytes are refused before a byte of their body is sent."""
+    with fake() as server:
+        one(server.url, post(make_image()))
+        before = server.resident_mib()
+        start = time.monotonic()
+        for _ in range(100):
+            with dial(server.url) as client:
+                client.sendall(HEAD + b"Content-Length: 10000000000\r\n\r\n")
+                answer = read_answer(client)
+                assert b" 413 " in answer
+                assert b"connection: close" in answer.lower()
+                assert b"application/problem+json" in answer
+        growth = server.resident_mib() - before
+        figure(f"{(time.monotonic() - start) * 10:.1f} ms each, memory grew by {growth:.1f} MiB")
+        assert growth < 16
+
+
+def test_chunked_body_stops_at_the_limit(fake: Start, figure: Figure) -> None:
+    """A chunked body is answered 413 within 128 KiB of the limit; nothing is written to disk."""
+    with fake(max_upload_bytes=LIMIT) as server:
+        one(server.url, post(make_image()))
+        before, most = server.resident_mib(), 0
+        for _ in range(100):
+            with dial(server.url) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * 1024)
+                client.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+                sent, answer = 0, b""
+                while not answer and sent < 4 * LIMIT:
+                    client.sendall(b"4000\r\n" + bytes(0x4000) + b"\r\n")
+                    sent += 0x4000
+                    if sent >= LIMIT:
+                        time.sleep(0.002)  # its answer needs a moment
+                    answer = answered(client)
+                assert b" 413 " in answer
+                most = max(most, sent)
+        growth = server.resident_mib() - before
+        links = [link.readlink() for link in Path(f"/proc/{server.process.pid}/fd").iterdir()]
+        regular = [link for link in links if link.is_file() and link != server.log]
+        figure(f"answered {(most - LIMIT) // 1024} KiB after the limit, +{growth:.1f} MiB")
+        assert most <= LIMIT + 128 * 1024
+        assert growth < 16
+        assert regular == []
+
+
+def test_a_client_that_still_sends_reads_its_413(fake: Start, figure: Figure) -> None:
+    """Clients that only read when all is sent get their 413, not a broken connection."""
+    with fake(max_upload_bytes=LIMIT) as server:
+        for size in (LIMIT + 1, 8 * LIMIT, 64 * LIMIT):
+            answer = httpx2.post(f"{server.url}/classify", content=bytes(size), timeout=30)
+            assert answer.status_code == 413
+
+        def chunks() -> object:
+            for _ in range(64):
+                yield bytes(LIMIT)
+
+        answer = httpx2.post(f"{server.url}/classify", content=chunks(), timeout=30)  # type: ignore[arg-type] # an iterator of bytes
+        figure("413 read for 1, 8 and 64 times the limit, and chunked")
+        assert answer.status_code == 413
+
+
+@pytest.mark.slow
+def test_a_million_one_byte_chunks(fake: Start, figure: Figure) -> None:
+    """100 requests of a million one-byte chunks grow memory by less than 8 MiB."""
+    with fake() as server:
+        body = b"1\r\nx\r\n" * 1_000_000 + b"0\r\n\r\n"
+        request = HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + body
+        one(server.url, post(bytes(2**20)))
+        one(server.url, post(make_image()))
+        before = server.resident_mib()
+        start = time.monotonic()
+        for _ in range(100):
+            with dial(server.url) as client:
+                client.sendall(request)
+                assert b" 415 " in read_answer(client)
+        growth = server.resident_mib() - before
+        figure(f"{(time.monotonic() - start) / 100:.2f} s each, memory grew by {growth:.1f} MiB")
+        assert growth < 8
+
+
+@pytest.mark.parametrize(
+    "waste",
+    [
+        b"1;" + b"x" * 200 + b"\r\nx\r\n",  # chunk extensions
+        b"0001\r\nx\r\n",  # for comparison, allowed
+    ],
+)
+def test_chunk_extensions_are_bounded(fake: Start, waste: bytes) -> None:
+    """Framing many times larger than the body it frames ends the connection."""
+    with fake() as server, dial(server.url) as client:
+        client.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        try:
+            for _ in range(100):
+                client.sendall(waste * 500)
+            client.sendall(b"0\r\n\r\n")
+            answer = read_answer(client)
+        except ConnectionError:
+            answer = b""
+        assert (b" 415 " in answer) == (len(waste) < 20)
+        assert one(server.url, get("/livez")).status == 200

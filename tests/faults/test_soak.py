@@ -1,0 +1,66 @@
+"""Promise 12: nothing grows while it serves."""
+
+import asyncio
+import os
+import time
+from collections import Counter
+
+import pytest
+import uvloop
+
+from tests.faults.conftest import Figure, Start
+from tests.faults.load import Load, closed_loop, post
+from tests.faults.test_overload import rate_of
+from tests.processes import Server
+
+SOAK_S = float(os.environ.get("FAULTS_SOAK_S", "600"))  # 1800 for the half-hour form
+WARM_S = 20.0
+
+
+class Counted(Load):
+    """A load that keeps no answers: the soak is about the server's memory, not ours."""
+
+    statuses: Counter[int]
+
+    def settled(self, answer: object) -> None:
+        """Count."""
+        self.statuses[answer.status] += 1  # type: ignore[attr-defined] # an Answer
+
+
+async def soak(server: Server, requests: list[bytes], rate: float) -> list[tuple[float, int, int]]:
+    """Return MiB, descriptors and threads once a second while the load lasts."""
+    load = Counted(server.url)
+    load.statuses = Counter()
+    running = asyncio.create_task(load.run(requests, rate, WARM_S + SOAK_S))
+    await asyncio.sleep(WARM_S)
+    samples = []
+    end = time.monotonic() + SOAK_S
+    while time.monotonic() < end:
+        samples.append((server.resident_mib(), server.descriptors(), server.threads()))
+        await asyncio.sleep(1)
+    await running
+    await load.settle()
+    assert load.statuses[200] / load.statuses.total() > 0.95, load.statuses
+    return samples
+
+
+@pytest.mark.slow
+def test_soak(real: Start, photos: list[bytes], figure: Figure) -> None:
+    """At 70 % load memory grows by less than 32 MiB, descriptors and threads not at all."""
+    requests = [post(photo) for photo in photos]
+    with real() as server:
+        peak = rate_of(closed_loop(server.url, requests, 32, 5))
+        samples = uvloop.run(soak(server, requests, 0.7 * peak))
+        tenth = max(1, len(samples) // 10)
+        first, last = samples[:tenth], samples[-tenth:]
+        growth = max(s[0] for s in last) - max(s[0] for s in first)
+        descriptors = [min(s[1] for s in part) for part in (first, last)]
+        threads = [max(s[2] for s in part) for part in (first, last)]
+        figure(
+            f"{SOAK_S:.0f} s at {0.7 * peak:.0f}/s: memory {first[0][0]:.0f} MiB, grew by "
+            f"{growth:.1f}; descriptors {descriptors}, threads {threads}"
+        )
+        assert growth < 32
+        assert descriptors[1] <= descriptors[0] + 2
+        assert threads[0] == threads[1]
+        assert "Traceback" not in server.log.read_text()

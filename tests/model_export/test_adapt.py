@@ -1,0 +1,173 @@
+"""`mixer-train adapt`: a few pictures of each class give a model a new head."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from app.engine import OnnxEngine
+from model_export import cli, ridge
+from model_export.train import main
+
+from .conftest import FIXTURES, Convert
+from .train_data import CLASSES, write_images, write_tar
+
+TINY = FIXTURES / "google_tiny.npz"
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Return five pictures of each of three colors, and five more of each to test on."""
+    return write_images(tmp_path / "colors", 5)
+
+
+def test_adapted_file_serves_the_new_classes(
+    convert: Convert, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Five pictures a class make a servable file whose card names the new classes."""
+    model, output = convert(TINY, 7, "--with-features"), tmp_path / "colors.onnx"
+    assert main(["adapt", str(model), str(images), "-o", str(output)]) == 0
+    report = capsys.readouterr().out
+    assert "3 classes from 15 pictures" in report
+    assert "test pictures    100.00% of 15" in report
+    engine = OnnxEngine(output, "cpu", 1)  # checks the golden sample
+    base = OnnxEngine(model, "cpu", 1)
+    assert engine.card.labels == CLASSES
+    assert engine.card.name == "colors"
+    assert engine.card.checksum != base.card.checksum
+    width = 32 + 1
+    assert base.card.parameters - engine.card.parameters == (7 - 3) * width
+
+
+def test_plain_export_will_do(convert: Convert, images: Path, tmp_path: Path) -> None:
+    """An export without the output features is adapted where its head is a plain linear layer."""
+    model, output = convert(TINY, 7), tmp_path / "colors.onnx"
+    assert main(["adapt", str(model), str(images), "-o", str(output)]) == 0
+    assert OnnxEngine(output, "cpu", 1).card.labels == CLASSES
+
+
+def test_checkpoint_is_exported_on_the_way(images: Path, tmp_path: Path) -> None:
+    """A checkpoint is adapted without a conversion of its own before."""
+    output = tmp_path / "colors.onnx"
+    assert main(["adapt", str(TINY), str(images), "-o", str(output)]) == 0
+    assert OnnxEngine(output, "cpu", 1).card.source == "google_tiny.npz, adapted"
+
+
+def test_small_precisions_are_adapted(convert: Convert, images: Path, tmp_path: Path) -> None:
+    """An int8 file keeps its int8 trunk under the new head, if it has the output features."""
+    flags = ("--precision", "int8", "--min-agreement", "0")
+    output = tmp_path / "colors.onnx"
+    assert main(["adapt", str(convert(TINY, 7, *flags)), str(images), "-o", str(output)]) == 1
+    assert not output.exists()
+    model = convert(TINY, 7, *flags, "--with-features")
+    assert main(["adapt", str(model), str(images), "-o", str(output)]) == 0
+    assert OnnxEngine(output, "cpu", 1).card.precision == "int8"
+
+
+def test_scores_are_decided(convert: Convert, images: Path, tmp_path: Path) -> None:
+    """The new head's scores mean something: softmax gives the right class most of the mass."""
+    output = tmp_path / "colors.onnx"
+    assert main(["adapt", str(convert(TINY, 7)), str(images), "-o", str(output)]) == 0
+    engine = OnnxEngine(output, "cpu", 1)
+    red = np.zeros((1, 16, 256, 3), np.uint8)
+    red[..., :] = (190, 50, 50)
+    logits = engine.run(red.reshape(1, 16, 768))[0]
+    scores = np.exp(logits - logits.max())
+    assert scores[CLASSES.index("red")] / scores.sum() > 0.8
+
+
+def test_adapting_needs_no_torch(convert: Convert, images: Path, tmp_path: Path) -> None:
+    """On an exported file torch is not imported, not even where it is installed."""
+    model = convert(TINY, 7, "--with-features")
+    code = (
+        "import sys; sys.modules['torch'] = None; from model_export.train import main; "
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = ["adapt", str(model), str(images), "-o", str(tmp_path / "colors.onnx")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_tar_will_do(images: Path, tmp_path: Path) -> None:
+    """The pictures may come in a tar."""
+    archive = write_tar(images, tmp_path / "colors.tar")
+    assert main(["adapt", str(TINY), str(archive), "-o", str(tmp_path / "m.onnx")]) == 0
+
+
+def test_too_little_data_is_refused(
+    convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One class, or a class without a picture, is refused by name and nothing is written."""
+    model, output = convert(TINY, 7), tmp_path / "colors.onnx"
+    images = write_images(tmp_path / "colors", 1, splits=("",))
+    (images / "violet").mkdir()
+    assert main(["adapt", str(model), str(images), "-o", str(output)]) == 1
+    assert "class violet has no pictures" in capsys.readouterr().err
+    assert main(["adapt", str(model), str(images / "red"), "-o", str(output)]) == 1
+    assert "two or more classes" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_one_picture_a_class_has_no_cross_validation(
+    convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One picture a class is enough for a head, and the report says what it cannot measure."""
+    images = write_images(tmp_path / "colors", 1, splits=("",))
+    command = ["adapt", str(convert(TINY, 7)), str(images), "-o", str(tmp_path / "m.onnx")]
+    assert main(command) == 0
+    assert "cross-validated  unknown" in capsys.readouterr().out
+
+
+def test_foreign_onnx_is_refused(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that is no model of ours, or is not there, is one plain line."""
+    (tmp_path / "foreign.onnx").write_bytes(b"not onnx")
+    for name, said in (("foreign.onnx", "not a model"), ("absent.onnx", "no such file")):
+        command = ["adapt", str(tmp_path / name), str(images), "-o", str(tmp_path / "m.onnx")]
+        assert main(command) == 1
+        assert said in capsys.readouterr().err
+
+
+def test_leave_one_out_is_exact() -> None:
+    """Each closed-form prediction is that of a ridge regression without the picture."""
+    rng = np.random.default_rng(0)
+    x, labels = rng.normal(size=(12, 5)).astype(np.float32), np.arange(12) % 3
+    head = ridge.fit(x, labels, 3)
+    whitened = x.astype(np.float64) / x.astype(np.float64).std(axis=0)
+    targets = np.eye(3)[labels]
+    for i in range(12):
+        rest = np.arange(12) != i
+        mean, offset = whitened[rest].mean(axis=0), targets[rest].mean(axis=0)
+        a, b = whitened[rest] - mean, targets[rest] - offset
+        weight = np.linalg.solve(a.T @ a + head.regulariser * np.eye(5), a.T @ b)
+        expected = offset + (whitened[i] - mean) @ weight
+        np.testing.assert_allclose(head.predictions[i], expected, atol=1e-6)
+
+
+def test_more_channels_than_pictures_is_no_matter() -> None:
+    """With 6 pictures of 40 channels, one of them constant, the head is finite and right."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(6) % 2
+    x = rng.normal(size=(6, 40)).astype(np.float32) + 3 * labels[:, None].astype(np.float32)
+    x[:, 7] = 5
+    head = ridge.fit(x, labels, 2)
+    assert np.isfinite(head.weight).all()
+    assert ((x @ head.weight.T + head.bias).argmax(axis=1) == labels).all()
+    assert (head.weight[:, 7] == 0).all()
+
+
+def test_adapted_file_can_be_inspected(convert: Convert, images: Path, tmp_path: Path) -> None:
+    """What adapt writes is a file like any other to mixer-export."""
+    output = tmp_path / "colors.onnx"
+    assert main(["adapt", str(convert(TINY, 7)), str(images), "-o", str(output)]) == 0
+    assert cli.main(["inspect", str(output)]) == 0

@@ -1,0 +1,167 @@
+"""`mixer-export evaluate` and `inspect`: measured on pictures drawn for the test."""
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from PIL import Image
+
+from app.images import decode
+from app.model_card import read_metadata
+from model_export.cli import main
+from model_export.summary import macs
+
+MODELS = Path(__file__).parents[2] / "app" / "models"
+MODEL = MODELS / "mixer-cifar10.onnx"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run where the confusion matrix may be written."""
+    monkeypatch.chdir(tmp_path)
+
+
+def draw(folder: Path, labels: tuple[str, ...], each: int) -> None:
+    """Write `each` random pictures into a folder per label."""
+    rng = np.random.default_rng(1)
+    for label in labels:
+        (folder / label).mkdir(parents=True)
+        for number in range(each):
+            pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((48, 40)).save(folder / label / f"{number}.png")
+
+
+def answers(folder: Path) -> dict[tuple[str, str], int]:
+    """Count (class folder, answered label) over a folder, one picture at a time."""
+    session = onnxruntime.InferenceSession(MODEL)
+    card, _ = read_metadata(session.get_modelmeta().custom_metadata_map)
+    counts: dict[tuple[str, str], int] = {}
+    for file in folder.rglob("*.png"):
+        patches = decode(file.read_bytes(), card.preprocessing, 10**8).patches
+        best = int(session.run(["logits"], {"patches": patches[None]})[0].argmax())
+        key = (file.parent.name, card.labels[best])
+        counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+def test_accuracy_is_that_of_single_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Top-1 and each class's accuracy are what classifying one picture after another gives."""
+    labels = ("bird", "dog", "ship")
+    draw(tmp_path / "data", labels, 15)
+    assert main(["evaluate", str(MODEL), str(tmp_path / "data")]) == 0
+    report = capsys.readouterr().out
+    counts = answers(tmp_path / "data")
+    right = {label: counts.get((label, label), 0) for label in labels}
+    assert f"top-1      {sum(right.values()) / 45:.2%}" in report
+    for label in labels:
+        assert f"{label:<10} {right[label] / 15:8.2%} of 15" in report
+    assert "cat  " not in report
+    assert "top-5" in report
+    assert "images/s" in report
+
+
+def test_confusion_matrix_is_a_png(tmp_path: Path) -> None:
+    """The confusion matrix is drawn into the PNG that --confusion names."""
+    draw(tmp_path / "data", ("bird", "dog"), 2)
+    flags = ["--confusion", str(tmp_path / "matrix.png")]
+    assert main(["evaluate", str(MODEL), str(tmp_path / "data"), *flags]) == 0
+    with Image.open(tmp_path / "matrix.png") as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 400
+
+
+@pytest.mark.parametrize("compression", ["", "xz", "gz"])
+def test_tar_is_read_and_its_test_split_taken(
+    compression: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a tar of a whole data set only the test folder is measured."""
+    draw(tmp_path / "set" / "train", ("bird", "dog"), 5)
+    draw(tmp_path / "set" / "test", ("bird", "dog"), 3)
+    archive = tmp_path / f"set.tar.{compression}".rstrip(".")
+    with tarfile.open(archive, f"w:{compression}") as tar:  # type: ignore[call-overload]  # any mode
+        tar.add(tmp_path / "set", "set")
+    assert main(["evaluate", str(MODEL), str(archive)]) == 0
+    assert "on 6 pictures" in capsys.readouterr().out
+
+
+def test_undecodable_pictures_are_counted_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A broken picture counts neither as right nor as wrong, and is named."""
+    draw(tmp_path / "data", ("bird",), 2)
+    (tmp_path / "data" / "bird" / "broken.jpg").write_bytes(b"\xff\xd8\xff broken")
+    assert main(["evaluate", str(MODEL), str(tmp_path / "data")]) == 0
+    report = capsys.readouterr().out
+    assert "on 2 pictures" in report
+    assert "1 pictures that cannot be decoded, bird/broken.jpg" in report
+
+
+def test_folders_of_other_names_match_by_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ten folders that bear no label's name stand for the ten classes in order, and it says so."""
+    draw(tmp_path / "data", tuple(f"n{i:08}" for i in range(10)), 1)
+    assert main(["evaluate", str(MODEL), str(tmp_path / "data")]) == 0
+    assert "matched by order" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("folders", "said"),
+    [(("bird", "unicorn"), "folder unicorn is none of the model's 10 labels"), ((), "holds no")],
+)
+def test_other_classes_are_refused(
+    folders: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder that is no label, or no pictures at all, end with exit code 1 and one line."""
+    (tmp_path / "data").mkdir()
+    draw(tmp_path / "data", folders, 1)
+    assert main(["evaluate", str(MODEL), str(tmp_path / "data")]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_inspect_shows_the_card_and_the_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    """Inspect names labels, parameters, operators, GMACs, size and providers."""
+    assert main(["inspect", str(MODEL)]) == 0
+    shown = capsys.readouterr().out
+    for fact in (
+        "mixer-cifar10",
+        "1,132,170",
+        "airplane, automobile, bird, cat, deer, …",
+        "LayerNormalization 17",
+        "0.076 GMACs",
+        "4.5 MB",
+        "CUDA: yes",
+    ):
+        assert fact in shown
+
+
+def test_macs_are_those_of_the_paper_s_formula() -> None:
+    """The embedded model's multiply-accumulates are counted by hand: stem, blocks, head."""
+    tokens, width, token_mlp, channel_mlp = 64, 128, 64, 512
+    block = 2 * width * tokens * token_mlp + 2 * tokens * width * channel_mlp
+    by_hand = tokens * 48 * width + 8 * block + width * 10
+    assert macs(onnx.load(MODEL)) == by_hand
+
+
+@pytest.mark.parametrize("content", [b"no onnx at all", b""])
+def test_inspect_refuses_other_files(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that is no model of ours ends with exit code 1 and one line."""
+    (tmp_path / "other.onnx").write_bytes(content)
+    assert main(["inspect", str(tmp_path / "other.onnx")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_help_explains_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """--help ends with exit code 0 and names the three commands."""
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in ("convert", "inspect", "evaluate"))

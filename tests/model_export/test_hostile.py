@@ -1,0 +1,156 @@
+"""Damaged and hostile checkpoints: refused in one line, with nothing executed or written."""
+
+import io
+import json
+import os
+import pickle
+import resource
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model_export import tensors
+from model_export.errors import ExportError
+
+from .conftest import FIXTURES
+
+WEIGHTS = {
+    "weights.npz": FIXTURES / "google_tiny.npz",
+    "weights.safetensors": FIXTURES / "timm_mixer_tiny" / "model.safetensors",
+    "weights.bin": FIXTURES / "timm_mixer_tiny" / "pytorch_model.bin",
+}
+KINDS = pytest.mark.parametrize("kind", WEIGHTS)
+
+
+class Payload:
+    """Creates a file when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        """Make the unpickler call os.mkdir."""
+        return os.mkdir, (str(self.path),)
+
+
+@KINDS
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_truncated_file_is_refused(kind: str, share: float, tmp_path: Path) -> None:
+    """A file cut anywhere is refused, naming the file."""
+    content = WEIGHTS[kind].read_bytes()
+    (tmp_path / kind).write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ExportError, match=kind):
+        tensors.read(tmp_path / kind)
+
+
+@KINDS
+def test_flipped_bytes_never_escape(kind: str, tmp_path: Path) -> None:
+    """Whatever byte of the structure is damaged, reading ends in tensors or in a refusal."""
+    content = WEIGHTS[kind].read_bytes()
+    rng = np.random.default_rng(0)
+    # Headers lie at the start, zip directories at the end.
+    places = [*rng.integers(0, 400, 20), *(len(content) - rng.integers(1, 400, 20))]
+    refused = 0
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 0xFF
+        (tmp_path / kind).write_bytes(damaged)
+        try:
+            tensors.read(tmp_path / kind)
+        except ExportError:
+            refused += 1
+    assert refused > 0
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_pickle_bomb_is_not_executed(protocol: int, tmp_path: Path) -> None:
+    """A plain pickle that would run code is refused, and the code does not run."""
+    source, trace = tmp_path / "bomb.pth", tmp_path / "trace"
+    source.write_bytes(pickle.dumps({"stem.proj.weight": Payload(trace)}, protocol))
+    with pytest.raises(ExportError, match=r"bomb\.pth"):
+        tensors.read(source)
+    assert not trace.exists()
+
+
+def test_pickle_bomb_in_a_torch_file_is_not_executed(tmp_path: Path) -> None:
+    """A torch file whose pickle would run code is refused, and the code does not run."""
+    source, trace = tmp_path / "bomb.bin", tmp_path / "trace"
+    torch.save({"stem.proj.weight": Payload(trace)}, source)
+    with pytest.raises(ExportError, match="holds more than tensors"):
+        tensors.read(source)
+    assert not trace.exists()
+
+
+def test_pickle_bomb_in_an_npz_is_not_executed(tmp_path: Path) -> None:
+    """An npz member of objects is refused, and the code does not run."""
+    source, trace = tmp_path / "bomb.npz", tmp_path / "trace"
+    np.savez(source, kernel=np.array([Payload(trace)], dtype=object))
+    with pytest.raises(ExportError, match="kernel holds pickled Python objects"):
+        tensors.read(source)
+    assert not trace.exists()
+
+
+def peak_bytes() -> int:
+    """Return the most memory this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pth"])
+def test_zip_bomb_is_refused_unopened(suffix: str, tmp_path: Path) -> None:
+    """An archive that would expand a thousandfold is refused without taking the memory."""
+    source = tmp_path / f"bomb{suffix}"
+    size = 1 << 30
+    with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as archive:
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": "<f4", "fortran_order": False, "shape": (size // 4,)}
+        )
+        with archive.open("stem/kernel.npy", "w", force_zip64=True) as member:
+            member.write(header.getvalue())
+            for _ in range(size >> 20):
+                member.write(bytes(1 << 20))
+    before = peak_bytes()
+    with pytest.raises(ExportError, match=r"bytes declare \d+ bytes of content"):
+        tensors.read(source)
+    assert peak_bytes() - before < size // 4
+
+
+def test_absurd_shape_in_an_npz_is_refused(tmp_path: Path) -> None:
+    """A header that declares more than its member holds is refused before allocating."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f4", "fortran_order": False, "shape": (1 << 40, 1 << 10)}
+    )
+    with zipfile.ZipFile(tmp_path / "absurd.npz", "w") as archive:
+        archive.writestr("head/bias.npy", header.getvalue() + bytes(28))
+    with pytest.raises(ExportError, match=r"head/bias declares shape \(1099511627776, 1024\)"):
+        tensors.read(tmp_path / "absurd.npz")
+
+
+def test_absurd_shape_in_safetensors_is_refused(tmp_path: Path) -> None:
+    """A safetensors header that declares more than the file holds is refused."""
+    header = json.dumps(
+        {"head.bias": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}
+    ).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(28))
+    with pytest.raises(ExportError, match=r"cannot be read as a safetensors file"):
+        tensors.read(tmp_path / "a.safetensors")
+
+
+def test_expanded_tensor_is_refused(tmp_path: Path) -> None:
+    """A torch tensor that repeats one number a billion times through its strides is refused."""
+    torch.save({"head.weight": torch.zeros(1).expand(1 << 30)}, tmp_path / "wide.pth")
+    with pytest.raises(ExportError, match="shapes hold more bytes than the file"):
+        tensors.read(tmp_path / "wide.pth")
+
+
+def test_other_kind_of_file_is_refused(tmp_path: Path) -> None:
+    """A file of an unknown suffix is refused with those that are known."""
+    (tmp_path / "model.h5").write_bytes(b"x")
+    with pytest.raises(ExportError, match=r"expected a file in \.npz, \.safetensors, \.pth"):
+        tensors.read(tmp_path / "model.h5")

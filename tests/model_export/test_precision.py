@@ -1,0 +1,163 @@
+"""fp16 and int8: what they keep, what they cost, and when they are refused."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from PIL import Image
+
+from app.engine import OnnxEngine
+from app.model_card import read_metadata
+from model_export import quantize, verify
+from model_export.cli import main
+from model_export.samples import photo_like
+
+from .conftest import FIXTURES, Convert
+
+MODELS = Path(__file__).parents[2] / "app" / "models"
+TINY = FIXTURES / "google_tiny.npz"
+
+
+def embedded(output: Path, *flags: str) -> list[str]:
+    """Return the command that exports the embedded checkpoint with `flags`."""
+    command = ["convert", str(MODELS / "mixer_cifar10.npz"), "-o", str(output)]
+    return [*command, "--labels", str(MODELS / "cifar10.txt"), "--crop-pct", "1", *flags]
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the embedded model in int8."""
+    output = tmp_path_factory.mktemp("int8") / "int8.onnx"
+    assert main(embedded(output, "--precision", "int8")) == 0
+    return output
+
+
+def test_int8_is_a_quarter_of_the_size(int8: Path) -> None:
+    """The int8 file is at most 0.3 of the float one."""
+    assert int8.stat().st_size < 0.3 * (MODELS / "mixer-cifar10.onnx").stat().st_size
+
+
+def test_int8_answers_as_float_does(int8: Path) -> None:
+    """Over pictures that the exporter did not see, int8 agrees with float on at least 97 %."""
+    session, baseline = (
+        onnxruntime.InferenceSession(path) for path in (int8, MODELS / "mixer-cifar10.onnx")
+    )
+    card, _ = read_metadata(session.get_modelmeta().custom_metadata_map)
+    pictures = photo_like(300, card.preprocessing, 77)
+    loss = verify.lose(verify.logits_of(baseline, pictures), verify.logits_of(session, pictures))
+    assert card.precision == "int8"
+    assert loss.agreement >= 0.97
+    assert 0 < loss.rms < 0.05
+
+
+def test_int8_stem_multiplies_bytes(int8: Path) -> None:
+    """The first matrix product takes the patches themselves, unconverted."""
+    graph = onnx.load(int8).graph
+    assert (graph.node[0].op_type, graph.node[0].input[0]) == ("MatMulInteger", "patches")
+    assert Counter(n.op_type for n in graph.node)["MatMulInteger"] == 34
+
+
+def test_server_takes_an_int8_model(int8: Path) -> None:
+    """The serving engine accepts the file's golden sample, alone and in a batch."""
+    engine = OnnxEngine(int8, "cpu", 1)
+    assert engine.run(photo_like(2, engine.card.preprocessing, 0)).shape == (2, 10)
+
+
+def test_table_shows_what_int8_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The report has size, logits, agreement and latency of both precisions."""
+    assert main(embedded(tmp_path / "m.onnx", "--precision", "int8")) == 0
+    report = capsys.readouterr().out
+    for row in ("file size", "max |Δlogit|", "top-1 agreement", "latency, this CPU"):
+        assert row in report
+
+
+def test_too_little_agreement_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Below --min-agreement nothing is written, and the line says how many agreed."""
+    flags = ["--precision", "int8", "--min-agreement", "1.01"]
+    assert main(embedded(tmp_path / "m.onnx", *flags)) == 1
+    assert list(tmp_path.iterdir()) == []
+    message = capsys.readouterr().err
+    assert "with block" in message
+    assert "at least 101.00% is asked for" in message
+
+
+def test_lossiest_block_stays_float(tmp_path: Path) -> None:
+    """Where agreement is short by one block's loss, that block is left in float."""
+    proto = onnx.load(MODELS / "mixer-cifar10.onnx")
+    card, _ = read_metadata({p.key: p.value for p in proto.metadata_props})
+    losses = iter([0.9, *[0.99] * 8, 0.995])  # all, each block alone, with the lossiest in float
+    rms = iter([0.0, 1, 2, 9, 3, 4, 5, 6, 7, 0.0])
+
+    def compare(candidate: onnx.ModelProto, count: int | None) -> verify.Loss:
+        return verify.Loss(1, 0.0, next(rms), next(losses))
+
+    quantised, loss, kept = quantize.int8_within(proto, 8, compare, 0.99, None)
+    assert kept == ["block 2"]
+    assert loss.agreement == 0.995
+    products = Counter(n.op_type for n in quantised.graph.node)
+    assert (products["MatMul"], products["MatMulInteger"]) == (4, 30)
+    assert card.precision == "fp32"
+
+
+def test_static_int8_takes_its_ranges_from_photos(convert: Convert, tmp_path: Path) -> None:
+    """With --calibration the ranges are fixed, so a picture's logits do not depend on its batch."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(3)
+    for number in range(12):
+        pixels = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((90, 70)).save(photos / f"{number}.png")
+    (photos / "broken.jpg").write_bytes(b"no picture")
+    flags = ["--precision", "int8", "--calibration", str(photos), "--min-agreement", "0.5"]
+    session = onnxruntime.InferenceSession(convert(TINY, 7, *flags))
+    card, _ = read_metadata(session.get_modelmeta().custom_metadata_map)
+    pictures = photo_like(5, card.preprocessing, 5)
+    together = session.run(["logits"], {"patches": pictures})[0]
+    alone = session.run(["logits"], {"patches": pictures[2:3]})[0]
+    assert np.abs(together[2] - alone[0]).max() <= 1e-5
+    operators = {n.op_type for n in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert "DynamicQuantizeLinear" not in operators
+    assert "QuantizeLinear" in operators
+
+
+def test_calibration_needs_pictures(
+    tmp_path: Path, labels: Callable[[int], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder without pictures is refused by name."""
+    command = ["convert", str(TINY), "-o", str(tmp_path / "m.onnx"), "--labels", str(labels(7))]
+    (tmp_path / "empty").mkdir()
+    flags = ["--precision", "int8", "--calibration", str(tmp_path / "empty")]
+    assert main([*command, *flags]) == 1
+    assert "holds no picture that can be decoded" in capsys.readouterr().err
+
+
+def test_fp16_computes_in_half_and_answers_in_float(convert: Convert) -> None:
+    """fp16 weights are half, the head and the outputs float32, and the logits nearly float's."""
+    output = convert(TINY, 7, "--precision", "fp16", "--with-features")
+    session = onnxruntime.InferenceSession(output)
+    assert [o.type for o in session.get_outputs()] == ["tensor(float)"] * 2
+    graph = onnx.load(output).graph
+    kinds = {tensor.data_type for tensor in graph.initializer if len(tensor.dims) == 2}
+    assert kinds == {onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT}
+    operators = Counter(node.op_type for node in graph.node)
+    assert (operators["Gelu"], operators["LayerNormalization"]) == (4, 5)
+    with np.load(FIXTURES / "google_tiny.expected.npz") as known:
+        images, logits = known["images"], known["logits"]
+    cut = images.reshape(4, 4, 16, 4, 16, 3).transpose(0, 1, 3, 2, 4, 5).reshape(4, 16, 768)
+    ours = session.run(["logits"], {"patches": np.ascontiguousarray(cut)})[0]
+    assert 1e-6 < np.abs(ours - logits).max() < 0.01
+
+
+def test_fp16_layer_norms_take_float_statistics(convert: Convert) -> None:
+    """Every LayerNormalization of an fp16 file computes its statistics in float32."""
+    graph = onnx.load(convert(TINY, 7, "--precision", "fp16")).graph
+    for node in graph.node:
+        if node.op_type == "LayerNormalization":
+            stash = [a.i for a in node.attribute if a.name == "stash_type"]
+            assert stash in ([], [onnx.TensorProto.FLOAT])  # float is the operator's default

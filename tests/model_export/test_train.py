@@ -1,0 +1,326 @@
+"""`mixer-train`: what a run learns, leaves behind, survives and refuses."""
+
+import csv
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from model_export import cli, decoded, trainer
+from model_export.evaluate import evaluate
+from model_export.train import main
+
+from .conftest import FIXTURES
+from .train_data import CLASSES, MILD, QUICK, write_images, write_tar
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 120  # of a process; on a quiet machine one takes 5 s
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a data set of three classes, 16 pictures each to train on and 16 to test on."""
+    return write_images(tmp_path_factory.mktemp("images") / "colors", 16)
+
+
+@pytest.fixture(scope="session")
+def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished run."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    assert main([str(images), "-o", str(output), *QUICK, *MILD]) == 0
+    return output
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return mixer-train where it must fail: arguments -> its one line."""
+
+    def run(*arguments: object) -> str:
+        assert main([str(argument) for argument in arguments]) == 1
+        text = capsys.readouterr().err
+        assert text.startswith("mixer-train: ")
+        assert text.count("\n") == 1
+        return text
+
+    return run
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    """Return the epochs of a run without what depends on the clock."""
+    with (run / "metrics.csv").open() as file:
+        epochs = list(csv.DictReader(file))
+    return [{k: v for k, v in epoch.items() if "second" not in k} for epoch in epochs]
+
+
+def test_run_learns(run: Path) -> None:
+    """Three epochs tell three colors apart, and metrics.csv has a line for each."""
+    epochs = metrics(run)
+    assert [epoch["epoch"] for epoch in epochs] == ["1", "2", "3"]
+    assert float(epochs[-1]["test_accuracy"]) >= 0.9
+    assert float(epochs[-1]["train_loss"]) < float(epochs[0]["train_loss"])
+
+
+def test_run_feeds_convert(run: Path, images: Path, tmp_path: Path) -> None:
+    """The run becomes a servable file without any flag, and is as accurate there as it said."""
+    model = tmp_path / "colors.onnx"
+    assert cli.main(["convert", str(run), "-o", str(model)]) == 0
+    served = evaluate(model, images, 1)
+    assert served.card.labels == CLASSES
+    assert f"{served.top1:.6g}" == metrics(run)[-1]["test_accuracy"]
+
+
+def test_model_card_states_data_recipe_accuracy_limits(run: Path) -> None:
+    """model_card.md has the counts, every number of the recipe and what the model cannot do."""
+    card = (run / "model_card.md").read_text()
+    assert "48 pictures to train on, 48 to test on" in card
+    assert (run / "recipe.toml").read_text() in card
+    assert f"**{float(metrics(run)[-1]['test_accuracy']):.2%}**" in card
+    assert "## Limits" in card
+    assert str(run.parent) not in card
+
+
+@pytest.mark.parametrize("name", ["curves.png", "confusion.png"])
+def test_drawings_are_pictures(run: Path, name: str) -> None:
+    """The curves and the confusion matrix are PNG files with something on them."""
+    with Image.open(run / name) as image:
+        assert image.format == "PNG"
+        assert len(image.convert("RGB").getcolors(1 << 20) or []) > 10
+
+
+def test_state_holds_nothing_executable(run: Path) -> None:
+    """state.pt loads with weights_only, so it can hold tensors and plain values alone."""
+    state = torch.load(run / "state.pt", weights_only=True)
+    assert state["trainer"]["step"] == 9
+
+
+def test_recipe_repeats_the_run(run: Path, images: Path, tmp_path: Path) -> None:
+    """A run from another run's recipe.toml ends with the same weights."""
+    again = tmp_path / "again"
+    recipe = ["--config", str(run / "recipe.toml"), "--no-compile", "--threads", "1"]
+    assert main([str(images), "-o", str(again), *recipe]) == 0
+    weights = "model.safetensors"
+    assert (again / weights).read_bytes() == (run / weights).read_bytes()
+
+
+# Every kind of randomness is on: a lost random state would show.
+LONG = [*QUICK, "--epochs", "16", "--cutmix", "0.5"]
+
+
+@pytest.fixture(scope="session")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run that nothing interrupted."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    assert main([str(images), "-o", str(output), *LONG]) == 0
+    return output
+
+
+def test_killed_run_resumes_exactly(whole: Path, images: Path, tmp_path: Path) -> None:
+    """A run that is killed (SIGKILL) and resumed ends with the weights of an unharmed one."""
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "model_export.train", str(images), "-o", str(killed), *LONG]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    give_up = time.monotonic() + TIMEOUT_S
+    while not (killed / "state.pt").is_file() and time.monotonic() < give_up:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait(TIMEOUT_S) == -signal.SIGKILL
+    assert 0 < len(metrics(killed)) < 16
+    assert main([str(images), "-o", str(killed), *LONG, "--resume"]) == 0
+    weights = "model.safetensors"
+    assert (killed / weights).read_bytes() == (whole / weights).read_bytes()
+    assert metrics(killed) == metrics(whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_finishes_the_step_and_saves(
+    number: signal.Signals,
+    code: int,
+    whole: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A signal in the middle of an epoch ends the run after its step, and nothing is lost."""
+    take_step = trainer.Trainer.take_step
+
+    def interrupted(self: trainer.Trainer) -> None:
+        if self.step == 4:  # in the middle of the second epoch of 3 steps
+            signal.raise_signal(number)
+        take_step(self)
+
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "take_step", interrupted)
+        assert main([str(images), "-o", str(stopped), *LONG]) == code
+    state = torch.load(stopped / "state.pt", weights_only=True)
+    assert state["trainer"]["step"] == 5
+    assert state["trainer"]["running"]["images"] == 32
+    assert main([str(images), "-o", str(stopped), "--resume", *LONG]) == 0
+    weights = "model.safetensors"
+    assert (stopped / weights).read_bytes() == (whole / weights).read_bytes()
+    assert metrics(stopped) == metrics(whole)
+
+
+def test_large_data_lies_in_a_file(
+    run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures beyond the limit on memory lie on disk, teach the same, and leave nothing there."""
+    monkeypatch.setattr(decoded, "MEMORY_BYTES", 0)
+    output = tmp_path / "run"
+    assert main([str(images), "-o", str(output), *QUICK, *MILD]) == 0
+    weights = "model.safetensors"
+    assert (output / weights).read_bytes() == (run / weights).read_bytes()
+    assert {path.name for path in output.iterdir()} == {path.name for path in run.iterdir()}
+
+
+@pytest.mark.parametrize("suffix", ["tar", "xz", "gz"])
+def test_tar_is_the_same_data(suffix: str, run: Path, images: Path, tmp_path: Path) -> None:
+    """A run on a tar of the folder, compressed or not, ends with the same weights."""
+    archive = write_tar(images, tmp_path / f"colors.{suffix}")
+    output = tmp_path / "run"
+    assert main([str(archive), "-o", str(output), *QUICK, *MILD]) == 0
+    weights = "model.safetensors"
+    assert (output / weights).read_bytes() == (run / weights).read_bytes()
+
+
+def test_val_split_sets_pictures_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], refusal: Callable[..., str]
+) -> None:
+    """Without a test split a share of each class is set aside, and asked for where it is not."""
+    images = write_images(tmp_path / "plain", 10, splits=("",))
+    assert "--val-split" in refusal(images, "-o", tmp_path / "run", *QUICK)
+    command = [str(images), "-o", str(tmp_path / "run"), *QUICK, "--val-split", "0.2"]
+    assert main(command) == 0
+    assert "on 6 test pictures" in capsys.readouterr().out
+
+
+def test_unreadable_images_are_listed_and_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that is no picture is named, listed in skipped.txt and left out."""
+    images = write_images(tmp_path / "colors", 8)
+    (images / "train" / "red" / "000.png").write_bytes(b"not a picture")
+    assert main([str(images), "-o", str(tmp_path / "run"), *QUICK]) == 0
+    assert "skipped train/red/000.png" in capsys.readouterr().err
+    assert (tmp_path / "run" / "skipped.txt").read_text().startswith("train/red/000.png: ")
+    assert "23 pictures to train on" in (tmp_path / "run" / "model_card.md").read_text()
+
+
+def test_class_without_pictures_is_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    """A class whose folder is empty, or holds nothing readable, is refused by its name."""
+    images = write_images(tmp_path / "colors", 2)
+    (images / "train" / "violet").mkdir()
+    assert "class violet has no pictures" in refusal(images, "-o", tmp_path / "run", *QUICK)
+    (images / "train" / "violet" / "notes.txt").write_text("to do")
+    process = [sys.executable, "-m", "model_export.train", str(images), "-o", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*process, *QUICK], cwd=ROOT, capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+    )
+    assert done.returncode == 1
+    assert "class violet has no readable picture" in done.stderr.splitlines()[-1]
+
+
+def test_impossible_data_is_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    """Nothing there, an empty folder, one class and a broken tar each get a line of their own."""
+    output = ("-o", tmp_path / "run")
+    assert "no such folder or tar" in refusal(tmp_path / "absent", *output)
+    (tmp_path / "empty").mkdir()
+    assert "is empty" in refusal(tmp_path / "empty", *output)
+    (tmp_path / "one" / "cat").mkdir(parents=True)
+    (tmp_path / "one" / "cat" / "a.png").write_bytes(b"")
+    assert "two or more classes, found cat" in refusal(tmp_path / "one", *output)
+    (tmp_path / "broken.tar.xz").write_bytes(b"\xfd7zXZ\x00 no more")
+    assert "not a readable folder or tar" in refusal(tmp_path / "broken.tar.xz", *output)
+
+
+def test_runs_are_not_mixed_up(run: Path, images: Path, refusal: Callable[..., str]) -> None:
+    """An existing run is not overwritten, nor resumed with other numbers or other pictures."""
+    assert "--resume goes on with it" in refusal(images, "-o", run, *QUICK)
+    again = ("-o", run, "--resume")
+    assert "epochs 3, not 4" in refusal(images, *again, "--epochs", "4")
+    assert "holds no run" in refusal(images, "-o", images, "--resume")
+
+
+def test_resume_needs_the_same_pictures(
+    run: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    """Resuming on a data set with one picture less is refused."""
+    fewer = write_images(tmp_path / "colors", 15)
+    assert "has not the pictures" in refusal(fewer, "-o", run, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--image-size", "30"], "not a multiple of 4"),
+        (["--variant", "S/16", "--hidden", "64"], "variant fixes the model's dimensions"),
+        (["--lr", "-1"], "lr -1.0: Input should be greater than 0"),
+        (["--min-lr", "1"], "min_lr 1 is above lr 0.001"),
+        (["--crop-shift", "4"], "crop_area 1 is none"),
+    ],
+)
+def test_impossible_recipe_is_refused(
+    flags: list[str], said: str, images: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    """A number that cannot be is refused by its name before anything is written."""
+    assert said in refusal(images, "-o", tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_key_of_a_recipe_is_refused(
+    images: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    """A key that no recipe has, a slip of the pen, is named."""
+    config = tmp_path / "recipe.toml"
+    config.write_text("epoch = 3\n")
+    assert "recipe: epoch" in refusal(images, "-o", tmp_path / "run", "--config", config)
+
+
+@pytest.mark.parametrize(
+    "source", ["google_tiny.npz", "timm_mixer_tiny", "timm_gmixer_tiny", "timm_resmlp_tiny"]
+)
+def test_checkpoint_is_fine_tuned(source: str, images: Path, tmp_path: Path) -> None:
+    """A foreign checkpoint, a relative's too, gets a head for these classes and learns them."""
+    output = tmp_path / "run"
+    quick = ["--init", str(FIXTURES / source), "--epochs", "2", "--warmup-epochs", "0"]
+    quick += ["--lr", "0.003", "--ema", "0.5", "--batch-size", "8", "--no-compile"]
+    assert main([str(images), "-o", str(output), "--threads", "1", *quick, *MILD]) == 0
+    assert float(metrics(output)[-1]["test_accuracy"]) >= 0.6
+    assert cli.main(["convert", str(output), "-o", str(tmp_path / "m.onnx")]) == 0
+
+
+def test_other_resolution_is_refused_with_the_reason(
+    images: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    """Fine-tuning at another resolution is refused, since token mixing fixes the token count."""
+    init = ("--init", FIXTURES / "google_tiny.npz", "--image-size", "96")
+    assert "one weight per pair of tokens" in refusal(images, "-o", tmp_path / "run", *init)
+
+
+def test_run_can_be_fine_tuned(run: Path, images: Path, tmp_path: Path) -> None:
+    """A run's own folder is a checkpoint to start another run from."""
+    quick = ["--init", str(run), "--epochs", "1", "--no-compile", "--threads", "1"]
+    assert main([str(images), "-o", str(tmp_path / "next"), *quick]) == 0
+
+
+def test_training_without_a_compiler_is_loud(
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Where torch.compile fails, training goes on and says that it takes longer, and why."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no C++ compiler\nand much more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    flags = [flag for flag in QUICK if flag != "--no-compile"]
+    assert main([str(images), "-o", str(tmp_path / "run"), *flags]) == 0
+    assert "about twice as long (no C++ compiler)" in capsys.readouterr().err
