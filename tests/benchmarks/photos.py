@@ -10,7 +10,7 @@ from PIL import Image
 # The generated ones are like the real ones: 500 × 375 pixels and about 110 kB.
 SIZE = (500, 375)
 QUALITY = 92
-COUNT = 64
+COUNT = 32
 
 
 def load_photos(source: Path) -> list[bytes]:
@@ -35,7 +35,7 @@ def _generate(rng: np.random.Generator) -> bytes:
     for octave, cells in enumerate((2, 5, 12, 32, 90)):
         grid = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
         pixels += (np.asarray(grid.resize(SIZE, Image.Resampling.BICUBIC)) - 127.5) / 1.7**octave
-    pixels += rng.normal(0, 6, pixels.shape)
+    pixels += rng.normal(0, 18, pixels.shape)
     buffer = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue()
