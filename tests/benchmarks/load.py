@@ -4,7 +4,7 @@ Closed loop: each connection sends its next request when it has its answer. Open
 due at a constant rate whatever the server does, and latency counts from when each was due, so a
 stalled server cannot hide what it kept waiting (coordinated omission).
 
-    python -m tests.benchmarks.load JOB.json   prints the result as JSON
+    python -m tests.benchmarks.load JOB.json RESULT.json
 """
 
 import asyncio
@@ -176,12 +176,13 @@ class Load:
 
 
 def main() -> None:
-    """Run the job in the file named on the command line."""
+    """Run the job in the first file, write what came of it to the second."""
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
     began = time.process_time()
     result = uvloop.run(Load(job).run())
     document = asdict(result) | {"cpu_s": time.process_time() - began}
-    sys.stdout.write(json.dumps(document))
+    # Not to a pipe: a long result was seen cut off at the 64 KiB that a pipe holds.
+    Path(sys.argv[2]).write_text(json.dumps(document))
 
 
 if __name__ == "__main__":

@@ -81,21 +81,21 @@ def _load(
         "connections": connections,
         "rate": rate,
     }
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(job, file)
-        file.flush()
+    with tempfile.TemporaryDirectory() as folder:
+        asked, told = Path(folder) / "job.json", Path(folder) / "result.json"
+        asked.write_text(json.dumps(job))
         before = target.cpu_s()
         done = subprocess.run(
-            [sys.executable, "-m", "tests.benchmarks.load", file.name],
+            [sys.executable, "-m", "tests.benchmarks.load", str(asked), str(told)],
             cwd=ROOT,
             capture_output=True,
             text=True,
             check=False,
         )
         cpu_s = target.cpu_s() - before
-    if done.returncode:
-        raise BenchmarkError(f"the load on {server.name} failed: {done.stderr.strip()[-300:]}")
-    return summary(json.loads(done.stdout), cpu_s)
+        if done.returncode:
+            raise BenchmarkError(f"the load on {server.name} failed: {done.stderr.strip()[-300:]}")
+        return summary(json.loads(told.read_text()), cpu_s)
 
 
 def summary(result: Figures, cpu_s: float) -> Figures:

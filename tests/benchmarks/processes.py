@@ -31,6 +31,8 @@ def install(server: Server, folder: Path) -> Path:
     environment = folder / server.name.lower()
     log, mark = folder / f"{server.name.lower()}.log", environment / "installed"
     wanted = "\n".join(server.packages)
+    if "--editable" in server.packages:
+        wanted += (ROOT / "pyproject.toml").read_text()  # its dependencies are there
     if mark.exists() and mark.read_text() == wanted:
         return environment
     folder.mkdir(parents=True, exist_ok=True)
