@@ -163,7 +163,10 @@ def test_interrupted(tmp_path: Path) -> None:
     with busy_server(delay_s=0.1) as (url, asked):
         options = [url, tmp_path, "--format", "jsonl", "-o", file, "--concurrency", 2]
         command = [sys.executable, "-m", "app.client.command", *map(str, options)]
-        process = subprocess.Popen(command, cwd=ROOT)
+        # A test run in the background ignores Ctrl+C, and its children would inherit that.
+        process = subprocess.Popen(
+            command, cwd=ROOT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        )
         while not (file.exists() and file.read_text().count("\n") >= 4):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
