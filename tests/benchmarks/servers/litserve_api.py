@@ -4,6 +4,7 @@ from typing import Any
 
 import litserve
 import numpy as np
+from fastapi import Request
 from numpy.typing import NDArray
 
 from tests.benchmarks.servers.work import MAX_BATCH, PORT, WINDOW_MS, Work
@@ -16,7 +17,7 @@ class Classify(litserve.LitAPI):
         """Load the model in the worker."""
         self._work = Work()
 
-    def decode_request(self, request: Any) -> NDArray[np.uint8]:
+    def decode_request(self, request: Request) -> NDArray[np.uint8]:
         """Return patches uint8 [tokens, P·P·3] of the form's field `file`."""
         return self._work.prepare(request["file"].file.read())
 
