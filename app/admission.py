@@ -92,7 +92,9 @@ class Admission:
         self.body_bytes += count
 
     def _check_budget(self) -> None:
-        if self._latency.wait_s(self.images) * 1000 > self._settings.queue_budget_ms:
+        # One more than waits: an arrival counts itself. On an idle service it does not wait at all.
+        wait_s = self._latency.wait_s(self.images + 1) if self.images else 0.0
+        if wait_s * 1000 > self._settings.queue_budget_ms:
             raise self._full("The queue is too long.", "queue-budget")
 
     def _full(self, detail: str, reason: str) -> QueueFull:

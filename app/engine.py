@@ -1,6 +1,7 @@
 """The engine: patches in, logits out, through ONNX Runtime on the device that was asked for."""
 
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -153,6 +154,8 @@ def _first_line(error: Exception) -> str:
 
 def _runtime() -> ModuleType:
     """Import ONNX Runtime; only here, so that `--help` and the tests' fakes do without."""
+    # Its Linux builds report their use over the network unless told not to.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:

@@ -3,35 +3,19 @@
 Pure functions without I/O; they run in the decode threads, where Pillow releases the GIL.
 """
 
-import io
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from app.errors import CorruptImage, Problem, TooManyPixels, UnsupportedFormat
+from app.cost import Upload, check_cost, check_webp_canvas
+from app.errors import CorruptImage, Problem, UnsupportedFormat
 from app.model_card import Preprocessing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-# Three ways for a small file to cost seconds, each bounded at about one second of one core.
-# libjpeg goes over the whole picture once per scan, about 1.5 ns a pixel. Encoders write one scan,
-# or 3 to 12 progressive ones.
-MAX_SCAN_PIXELS = 600_000_000
-# Pillow decodes run-length coded BMPs in Python, 0.1 to 0.2 µs a pixel with the GIL held.
-MAX_RLE_PIXELS = 4_000_000
-# Its parsers walk segments, chunks and blocks in Python, each with a few reads of the file, 1 µs a
-# read. A 20 MiB PNG in chunks of 8 KiB, libpng's own size, takes 8,000.
-MAX_READS = 500_000
-# A marker that begins a segment: neither a stuffed zero, nor fill, nor a restart inside coded data,
-# nor a reserved one, which libjpeg passes over in coded data.
-_JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
-_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
-# As many segments as a file may have before its scans are no longer worth counting.
-_MAX_SEGMENTS = 10_000
 # Signatures tell a corrupt file of an allowed format (422) from a foreign format (415).
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM")
 _EXIF_ORIENTATION = 0x0112
@@ -59,18 +43,6 @@ class Picture:
     width: int  # as stored, before the EXIF turn
     height: int
     patches: NDArray[np.uint8]  # [tokens, P·P·3]
-
-
-class _Upload(io.BytesIO):
-    """An upload as a file, whose parser may not ask for ever more."""
-
-    _reads = 0
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        self._reads += 1
-        if self._reads > MAX_READS:
-            raise CorruptImage("The image has too many parts to be read.")
-        return super().read(size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,17 +95,14 @@ def decode(
         CorruptImage: the header or the content cannot be decoded, or costs too much to decode.
     """
     with _pillow_errors_as_problems(data):
-        if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":
-            # Opening it would already make room for its canvas (WebP container, section VP8X).
-            width, height = (1 + int.from_bytes(data[i : i + 3], "little") for i in (24, 27))
-            _check_pixels(width, height, max_pixels)
-        image = Image.open(_Upload(data), formats=FORMATS)
-        _check_cost(image, data, max_pixels)  # before draft(), which rewrites the size
+        check_webp_canvas(data, max_pixels)
+        image = Image.open(Upload(data), formats=FORMATS)
+        check_cost(image, data, max_pixels)  # before draft(), which rewrites the size
         # A photo with a second picture inside (MPO) is to its owner a JPEG.
         file_format = "JPEG" if image.format == "MPO" else str(image.format)
         if file_format != "JPEG":
             image.load()  # PNG may hold its orientation after the pixels
-            _check_cost(image, data, max_pixels)  # a GIF frame may outgrow its header
+            check_cost(image, data, max_pixels)  # a GIF frame may outgrow its header
         width, height = image.size
         turn = _orientation(image)
         sideways = turn in _SIDEWAYS
@@ -156,39 +125,6 @@ def patchify(image: Image.Image, patch_size: int) -> NDArray[np.uint8]:
     grid = pixels.shape[0] // patch_size
     cut = pixels.reshape(grid, patch_size, grid, patch_size, 3)  # [row, y, column, x, 3]
     return cut.transpose(0, 2, 1, 3, 4).reshape(grid * grid, -1)  # [tokens, P·P·3]
-
-
-def _check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
-    pixels = image.width * image.height
-    _check_pixels(image.width, image.height, max_pixels)
-    if image.format in ("JPEG", "MPO") and _scans(data) * pixels > MAX_SCAN_PIXELS:
-        raise CorruptImage("The JPEG has too many scans for its size.")
-    tiles = image.tile if isinstance(image, ImageFile.ImageFile) else ()
-    if pixels > MAX_RLE_PIXELS and any(tile.codec_name == "bmp_rle" for tile in tiles):
-        raise CorruptImage("The BMP is too large to be run-length coded.")
-
-
-def _check_pixels(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise TooManyPixels(
-            f"The image has {width} x {height} pixels; at most {max_pixels} are taken."
-        )
-
-
-def _scans(data: bytes) -> int:
-    """Count the scans that libjpeg would decode (ITU-T T.81, annex B), or a few more.
-
-    Any JPEG may have many, not only a progressive one. Thumbnails inside segments and whatever
-    follows the picture, such as a phone's video, are no scans of it.
-    """
-    scans, position = 0, 2
-    for _ in range(_MAX_SEGMENTS):
-        marker = _JPEG_MARKER.search(data, position)
-        if marker is None or marker[1][0] == _END_OF_IMAGE:
-            return scans
-        scans += marker[1][0] == _START_OF_SCAN
-        position = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2]))
-    raise CorruptImage("The JPEG has too many segments.")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -5,7 +5,7 @@ Nothing here needs torch.
 
 import hashlib
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -38,13 +38,9 @@ def find(path: Path) -> Listing:
     Raises:
         ExportError: it cannot be read, or has fewer than two classes, or an empty one.
     """
-    try:
-        files, folders = _walk_folder(path) if path.is_dir() else _walk_tar(path)
-    except FileNotFoundError as error:
-        raise ExportError(f"{path}: no such folder or tar") from error
-    except (tarfile.TarError, OSError, EOFError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ExportError(f"{path}: not a readable folder or tar ({reason})") from error
+    files, folders = walk(path)
+    if not files:
+        raise ExportError(f"{path}: is empty")
     root = _root(files)
     splits = {name.parts[len(root)] for name in files if len(name.parts) > len(root) + 1}
     if _TRAIN in splits:
@@ -93,7 +89,22 @@ def split(listing: Listing, share: float, seed: int) -> Listing:
     )
 
 
-def read(path: Path, names: Mapping[str, object]) -> Iterator[tuple[str, bytes]]:
+def walk(path: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
+    """List all files and all folders in a folder or a tar, hidden ones left out, sorted.
+
+    Raises:
+        ExportError: it is missing or cannot be read.
+    """
+    try:
+        return _walk_folder(path) if path.is_dir() else _walk_tar(path)
+    except FileNotFoundError as error:
+        raise ExportError(f"{path}: no such folder or tar") from error
+    except (tarfile.TarError, OSError, EOFError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ExportError(f"{path}: not a readable folder or tar ({reason})") from error
+
+
+def read(path: Path, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of the files in `names`; a tar is read once, from front to end."""
     if path.is_dir():
         for name in names:
@@ -109,8 +120,6 @@ def read(path: Path, names: Mapping[str, object]) -> Iterator[tuple[str, bytes]]
 
 def _walk_folder(path: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
     found = sorted(path.rglob("*"))
-    if not found:
-        raise ExportError(f"{path}: is empty")
     named = [(item, PurePosixPath(item.relative_to(path).as_posix())) for item in found]
     return (
         _visible(name for item, name in named if item.is_file()),
@@ -133,8 +142,6 @@ def _visible(names: Iterable[PurePosixPath]) -> list[PurePosixPath]:
 
 def _root(files: list[PurePosixPath]) -> tuple[str, ...]:
     """Return the folders that hold everything, as a tar of one folder has them."""
-    if not files:
-        raise ExportError("the data set holds no files")
     root: tuple[str, ...] = ()
     while True:
         tops = {name.parts[len(root)] for name in files if len(name.parts) > len(root) + 1}

@@ -1,9 +1,8 @@
 """Real pictures from a folder or a tar: to calibrate int8 and to measure accuracy."""
 
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +11,7 @@ from app.errors import Problem
 from app.images import decode
 from app.model_card import Preprocessing
 from app.settings import Settings
+from model_export import dataset
 from model_export.errors import ExportError
 
 MAX_PIXELS: int = Settings.model_fields["max_pixels"].default  # what the server takes
@@ -39,12 +39,8 @@ class ImageFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.exists():
-            raise ExportError(f"{path}: no such folder or tar")
-        try:
-            names = [name for name in self._names() if name.suffix.lower() in _SUFFIXES]
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise ExportError(f"{path}: not a readable folder or tar ({error})") from error
+        files, _ = dataset.walk(path)
+        names = [name for name in files if name.suffix.lower() in _SUFFIXES]
         names = [name for name in names if len(name.parts) >= 2]
         splits = {name.parts[-3] for name in names if len(name.parts) >= 3}
         split = next((part for part in _SPLITS if part in splits), None)
@@ -52,7 +48,7 @@ class ImageFolder:
             names = [name for name in names if name.parts[-3:-2] == (split,)]
         if not names:
             raise ExportError(f"{path}: holds no pictures in a folder per class")
-        self._wanted = frozenset(names)
+        self._wanted = {str(name): name.parent.name for name in names}
         self.folders = sorted({name.parent.name for name in names})
 
     def __len__(self) -> int:
@@ -60,28 +56,9 @@ class ImageFolder:
         return len(self._wanted)
 
     def __iter__(self) -> Iterator[Entry]:
-        """Yield every picture, in the order of the disk's names or of the tar."""
-        if self.path.is_dir():
-            for name in sorted(self._wanted):
-                data = self.path.joinpath(name).read_bytes()
-                yield Entry(name.parent.name, str(name), data)
-            return
-        with tarfile.open(self.path) as archive:
-            for member in archive:
-                name = PurePosixPath(member.name)
-                file = archive.extractfile(member) if name in self._wanted else None
-                if file is not None:
-                    yield Entry(name.parent.name, member.name, file.read())
-
-    def _names(self) -> list[PurePosixPath]:
-        if self.path.is_dir():
-            return [
-                PurePosixPath(file.relative_to(self.path).as_posix())
-                for file in self.path.rglob("*")
-                if file.is_file()
-            ]
-        with tarfile.open(self.path) as archive:
-            return [PurePosixPath(member.name) for member in archive if member.isfile()]
+        """Yield every picture, in the order of the names or of the tar."""
+        for name, data in dataset.read(self.path, self._wanted):
+            yield Entry(self._wanted[name], name, data)
 
 
 def calibration(folder: Path, preprocessing: Preprocessing) -> NDArray[np.uint8]:

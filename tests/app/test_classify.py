@@ -122,8 +122,8 @@ def test_each_concurrent_request_gets_its_own_answer() -> None:
             queue_size=count,
             max_requests=count,
             max_batch=64,
-            queue_budget_ms=600_000,
-            request_timeout_ms=600_000,
+            queue_budget_ms=3_600_000,
+            request_timeout_ms=3_600_000,
         ),
         engine,
     )

@@ -239,7 +239,7 @@ def test_what_only_looks_like_a_scan_does_not_count() -> None:
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF"])
 def test_parts_are_bounded(file_format: str) -> None:
-    """A file of millions of tiny segments, chunks or blocks is refused after half a million."""
+    """A file of millions of tiny segments, chunks or blocks is refused after a while."""
     data = encode(Image.new("P" if file_format == "GIF" else "RGB", (8, 8)), file_format)
     part, place = {
         "JPEG": (b"\xff\xfe\x00\x02", 2),

@@ -6,11 +6,13 @@ is made of bytes and callbacks alone.
 """
 
 import asyncio
+import multiprocessing
 import random
 import re
 import socket
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -246,6 +248,26 @@ def one(url: str, request: bytes) -> Answer:
         return answer
 
     return uvloop.run(run())
+
+
+def probe(url: str, request: bytes, every_s: float, seconds: float) -> list[Answer]:
+    """Return the answers to one request after the other; to be run in a process of its own."""
+    answers = []
+    end = time.monotonic() + seconds
+    with dial(url) as client:
+        while time.monotonic() < end:
+            answer = Answer(time.monotonic())
+            client.sendall(request)
+            answer.head = read_answer(client)
+            answer.status, answer.done = int(answer.head[9:12]), time.monotonic()
+            answers.append(answer)
+            time.sleep(every_s)
+    return answers
+
+
+def another_process() -> ProcessPoolExecutor:
+    """Return a place for one task whose work must not disturb this process's own measuring."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
 def dial(url: str, receive_buffer: int = 0) -> socket.socket:

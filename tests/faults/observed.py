@@ -24,10 +24,10 @@ from tests.fakes import FakeEngine
 class ObservedEngine:
     """An engine that counts, and fails on demand."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: Any, **options: Any) -> None:
         batch_ms = os.environ.get("OBSERVED_BATCH_MS")
         self.engine: Engine = (
-            OnnxEngine(*arguments)  # type: ignore[arg-type] # passed on as they come
+            OnnxEngine(*arguments, **options)
             if batch_ms is None
             else FakeEngine(seconds=float(batch_ms) / 1000)
         )

@@ -14,9 +14,20 @@ from app.settings import Settings
 from tests.fakes import make_image
 from tests.faults.conftest import Figure, Start
 from tests.faults.images import Mutations, bombs, costly
-from tests.faults.load import Answer, Load, Loop, get, one, percentile, post
+from tests.faults.load import (
+    Answer,
+    Loop,
+    another_process,
+    closed_loop,
+    get,
+    one,
+    percentile,
+    post,
+    probe,
+)
 
 MUTATIONS = int(os.environ.get("FAULTS_MUTATIONS", "20000"))
+ATTACK_S = 15.0
 SEED = int(os.environ.get("FAULTS_SEED", "8"))
 
 
@@ -121,18 +132,10 @@ def test_costly_files(real: Start, figure: Figure) -> None:
         assert slowest_s(server.url) <= 2
 
         # All together, again and again: does the event loop keep its turn?
-        async def run() -> list[Answer]:
-            attack, probes = Queue(server.url), Load(server.url)
-            attacking = asyncio.create_task(
-                attack.send_all([post(data) for data in files.values()] * 2, 4)
-            )
-            while not attacking.done():
-                await probes.one(get("/livez"))
-                await asyncio.sleep(0.02)
-            await probes.settle()
-            return probes.answers
-
-        probes = uvloop.run(run())
+        with another_process() as elsewhere:
+            probing = elsewhere.submit(probe, server.url, get("/livez"), 0.01, ATTACK_S)
+            closed_loop(server.url, [post(data) for data in files.values()], 4, ATTACK_S)
+            probes = probing.result()
         p99 = percentile(probes, 0.99)
         figure(f"/livez p99 {p99 * 1000:.1f} ms in {len(probes)} probes")
         assert {probe.status for probe in probes} == {200}

@@ -68,7 +68,7 @@ def test_small_precisions_are_adapted(convert: Convert, images: Path, tmp_path: 
 
 
 def test_scores_are_decided(convert: Convert, images: Path, tmp_path: Path) -> None:
-    """The new head's scores mean something: softmax gives the right class most of the mass."""
+    """Softmax gives the right class most of the mass, but five pictures make nobody certain."""
     output = tmp_path / "colors.onnx"
     assert main(["adapt", str(convert(TINY, 7)), str(images), "-o", str(output)]) == 0
     engine = OnnxEngine(output, "cpu", 1)
@@ -76,7 +76,7 @@ def test_scores_are_decided(convert: Convert, images: Path, tmp_path: Path) -> N
     red[..., :] = (190, 50, 50)
     logits = engine.run(red.reshape(1, 16, 768))[0]
     scores = np.exp(logits - logits.max())
-    assert scores[CLASSES.index("red")] / scores.sum() > 0.8
+    assert 0.6 < scores[CLASSES.index("red")] / scores.sum() < 0.999
 
 
 def test_adapting_needs_no_torch(convert: Convert, images: Path, tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""What decoding an image may cost, told from its header and structure before it is decoded."""
+
+import io
+import re
+
+from PIL import Image, ImageFile
+
+from app.errors import CorruptImage, TooManyPixels
+
+# Three ways for a small file to cost seconds, each bounded at about one second of one core.
+# libjpeg goes over the whole picture once per scan, about 1.5 ns a pixel. Encoders write one scan,
+# or 3 to 12 progressive ones.
+MAX_SCAN_PIXELS = 600_000_000
+# Pillow decodes run-length coded BMPs in Python, 0.1 to 0.2 µs a pixel with the GIL held.
+MAX_RLE_PIXELS = 4_000_000
+# Its parsers walk segments, chunks and blocks in Python, each with a few reads of the file, 1 µs a
+# read, the GIL held. A 20 MiB PNG in chunks of 8 KiB, libpng's own size, takes 8,000.
+MAX_READS = 100_000
+# A marker that begins a segment: neither a stuffed zero, nor fill, nor a restart inside coded data,
+# nor a reserved one, which libjpeg passes over in coded data.
+_JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+# As many segments as a file may have before its scans are no longer worth counting.
+_MAX_SEGMENTS = 10_000
+
+
+class Upload(io.BytesIO):
+    """An upload as a file, whose parser may not ask for ever more."""
+
+    _reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read on.
+
+        Raises:
+            CorruptImage: too many reads.
+        """
+        self._reads += 1
+        if self._reads > MAX_READS:
+            raise CorruptImage("The image has too many parts to be read.")
+        return super().read(size)
+
+
+def check_webp_canvas(data: bytes, max_pixels: int) -> None:
+    """Refuse a WebP by its canvas (WebP container, section VP8X).
+
+    Opening it would already make room for that canvas.
+
+    Raises:
+        TooManyPixels: more than `max_pixels`.
+    """
+    if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":
+        width, height = (1 + int.from_bytes(data[i : i + 3], "little") for i in (24, 27))
+        _check_pixels(width, height, max_pixels)
+
+
+def check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
+    """Refuse an opened image, `data` its file, that would cost too much to decode.
+
+    Raises:
+        TooManyPixels: more than `max_pixels`.
+        CorruptImage: too many scans, or too large for its coding.
+    """
+    pixels = image.width * image.height
+    _check_pixels(image.width, image.height, max_pixels)
+    if image.format in ("JPEG", "MPO") and _scans(data) * pixels > MAX_SCAN_PIXELS:
+        raise CorruptImage("The JPEG has too many scans for its size.")
+    tiles = image.tile if isinstance(image, ImageFile.ImageFile) else ()
+    if pixels > MAX_RLE_PIXELS and any(tile.codec_name == "bmp_rle" for tile in tiles):
+        raise CorruptImage("The BMP is too large to be run-length coded.")
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise TooManyPixels(
+            f"The image has {width} x {height} pixels; at most {max_pixels} are taken."
+        )
+
+
+def _scans(data: bytes) -> int:
+    """Count the scans that libjpeg would decode (ITU-T T.81, annex B), or a few more.
+
+    Any JPEG may have many, not only a progressive one. Thumbnails inside segments and whatever
+    follows the picture, such as a phone's video, are no scans of it.
+    """
+    scans, position = 0, 2
+    for _ in range(_MAX_SEGMENTS):
+        marker = _JPEG_MARKER.search(data, position)
+        if marker is None or marker[1][0] == _END_OF_IMAGE:
+            return scans
+        scans += marker[1][0] == _START_OF_SCAN
+        position = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2]))
+    raise CorruptImage("The JPEG has too many segments.")
