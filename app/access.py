@@ -34,6 +34,7 @@ _SECURITY = [
     for name, value in SECURITY_HEADERS.items()
 ]
 CLIENT_GONE = 499  # nginx's word for it
+FAULT = "The service has a fault; its log has the details."
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ class Access:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                dress(message, trace, closing=scope["app"].state.service.draining)
+                message["headers"] = list(message["headers"])
+                dress(message["headers"], trace, closing=scope["app"].state.service.draining)
             await send(message)
 
         try:
@@ -85,7 +87,7 @@ class Access:
             if status:
                 raise  # the answer is under way: the server cuts the connection
             trace.problem = "internal-server-error"
-            answer = problem_response(500, "The service has a fault; its log has the details.")
+            answer = problem_response(500, FAULT)
             await answer(scope, receive, send_marked)
         finally:
             if not status:
@@ -134,18 +136,16 @@ def report(metrics: Metrics, trace: Trace, method: str, route: str, status: int)
     logger.log(level, "request", extra={"fields": fields, "request_id": trace.request_id})
 
 
-def dress(start: Message, trace: Trace, *, closing: bool) -> None:
-    """Give the start of an answer the headers that every answer has."""
-    given = list(start["headers"])
-    names = {name for name, _ in given}
-    given += [(name, value) for name, value in _SECURITY if name not in names]
-    given.append((b"x-request-id", trace.request_id.encode("ascii")))
-    given.append((b"server-timing", trace.server_timing(time.perf_counter()).encode("ascii")))
+def dress(headers: list[tuple[bytes, bytes]], trace: Trace, *, closing: bool) -> None:
+    """Add to an answer's headers those that every answer has; names are in lower case."""
+    names = {name for name, _ in headers}
+    headers += [(name, value) for name, value in _SECURITY if name not in names]
+    headers.append((b"x-request-id", trace.request_id.encode("ascii")))
+    headers.append((b"server-timing", trace.server_timing(time.perf_counter()).encode("ascii")))
     if trace.parent is not None:
-        given.append((b"traceparent", trace.traceparent.encode("ascii")))
+        headers.append((b"traceparent", trace.traceparent.encode("ascii")))
     if closing and b"connection" not in names:
-        given.append((b"connection", b"close"))  # the client's next request goes elsewhere
-    start["headers"] = given
+        headers.append((b"connection", b"close"))  # the client's next request goes elsewhere
 
 
 def _milliseconds(seconds: float) -> float:

@@ -1,7 +1,7 @@
 """The door: what comes in is counted and bounded, what cannot be served in time is refused.
 
 Requests, body bytes and images in flight each have a limit; a place is taken by try-acquire and
-given back in a finally, so that no error leaks one. All of it runs on the event loop: no locks.
+given back whatever happens, so that no error leaks one. All of it runs on the event loop: no locks.
 """
 
 import math
@@ -29,16 +29,28 @@ class Admission:
         """Hold a place for one request, its upload included.
 
         Raises:
+            QueueFull: see `enter`.
+        """
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def enter(self) -> None:
+        """Take a place for one request, which `leave` gives back.
+
+        Raises:
             QueueFull: too many requests, or their images would wait longer than the budget.
         """
         if self.requests >= self._settings.max_requests:
             raise self._full("Too many requests are in flight.", "requests")
         self._check_budget()
         self.requests += 1
-        try:
-            yield
-        finally:
-            self.requests -= 1
+
+    def leave(self) -> None:
+        """Give a request's place back."""
+        self.requests -= 1
 
     @contextmanager
     def body(self) -> "Iterator[BodyBudget]":
@@ -47,11 +59,23 @@ class Admission:
         try:
             yield budget
         finally:
-            self.body_bytes -= budget.taken
+            budget.close()
 
     @contextmanager
     def queue(self, images: int, deadline: float) -> Iterator[float]:
         """Hold places in the queue until `images` are answered; yield the seconds predicted.
+
+        Raises:
+            TooManyImages, QueueFull, DeadlineExceeded: see `admit`.
+        """
+        predicted_s = self.admit(images, deadline)
+        try:
+            yield predicted_s
+        finally:
+            self.dismiss(images)
+
+    def admit(self, images: int, deadline: float) -> float:
+        """Take places in the queue, which `dismiss` gives back; return the seconds predicted.
 
         `deadline` is in seconds of `time.monotonic()`.
 
@@ -76,10 +100,11 @@ class Admission:
         if predicted_s > left_s:
             raise self._full("The queue is too long for the request's deadline.", "deadline")
         self.images += images
-        try:
-            yield predicted_s
-        finally:
-            self.images -= images
+        return predicted_s
+
+    def dismiss(self, images: int) -> None:
+        """Give the places of answered images back."""
+        self.images -= images
 
     def take_bytes(self, count: int) -> None:
         """Count `count` more body bytes, or refuse them.
@@ -118,3 +143,8 @@ class BodyBudget:
         if size > self.taken:
             self._admission.take_bytes(size - self.taken)
             self.taken = size
+
+    def close(self) -> None:
+        """Give them all back."""
+        self._admission.body_bytes -= self.taken
+        self.taken = 0

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from app.cpus import give_way
 from app.engine import Engine
 from app.errors import DeadlineExceeded, InferenceFailed, Problem
 from app.images import Picture
@@ -111,6 +112,7 @@ class Batcher:
         self._thread.join()
 
     def _serve(self) -> None:
+        give_way()
         while (batch := self._gather()) is not None:
             if batch:
                 forming = time.perf_counter()

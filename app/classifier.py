@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from app.admission import Admission
 from app.batcher import FAILURES_UNTIL_NOT_LIVE, FAILURES_UNTIL_NOT_READY, Batcher, Entry
+from app.cpus import give_way
 from app.engine import Engine
 from app.errors import DeadlineExceeded, Problem
 from app.images import Picture, decode
 from app.latency import LatencyTable
 from app.metrics import Metrics
 from app.settings import Settings
-from app.trace import current
+from app.trace import Trace, current
 
 Answer = TypeVar("Answer")
 
@@ -49,7 +50,9 @@ class Classifier:
         self._admission = admission
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
-        self._decoders = ThreadPoolExecutor(settings.decode_threads, "mixer-decode")
+        self._decoders = ThreadPoolExecutor(
+            settings.decode_threads, "mixer-decode", initializer=give_way
+        )
         self._batcher = Batcher(engine, settings.max_batch, latency, metrics)
 
     @property
@@ -75,12 +78,7 @@ class Classifier:
         trace = current()
         request_id = trace.request_id if trace else ""
         with self._admission.queue(len(uploads), deadline) as predicted_s:
-            entries = [
-                Entry(upload, self._loop.create_future(), request_id=request_id)
-                for upload in uploads
-            ]
-            for entry in entries:
-                self._decoders.submit(self._decode, entry)
+            entries = [self.submit(upload, request_id) for upload in uploads]
             try:
                 await asyncio.wait(
                     [entry.future for entry in entries], timeout=deadline - time.monotonic()
@@ -89,7 +87,19 @@ class Classifier:
                 # Time is up, or the client has gone: what is left never reaches the engine.
                 for entry in entries:
                     entry.release()
-        self._report(entries, predicted_s)
+        return self.collect(entries, predicted_s, trace)
+
+    def submit(self, upload: bytes, request_id: str) -> Entry:
+        """Send one admitted upload on its way; `collect` it when its future is done."""
+        entry = Entry(upload, self._loop.create_future(), request_id=request_id)
+        self._decoders.submit(self._decode, entry)
+        return entry
+
+    def collect(
+        self, entries: Sequence[Entry], predicted_s: float, trace: Trace | None
+    ) -> list[Classified | Problem]:
+        """Return what became of entries that are done, and note their times."""
+        self._report(entries, predicted_s, trace)
         return [_result(entry) for entry in entries]
 
     async def infer_spare(
@@ -148,7 +158,7 @@ class Classifier:
             self._batcher.put(entry)
         self._latency.observe_decode(time.perf_counter() - entry.decoding)
 
-    def _report(self, entries: Sequence[Entry], predicted_s: float) -> None:
+    def _report(self, entries: Sequence[Entry], predicted_s: float, trace: Trace | None) -> None:
         """Give the metrics each image's outcome and times, the trace those of the slowest."""
         slowest = None
         for entry in entries:
@@ -158,7 +168,6 @@ class Classifier:
                 slowest = stages
         if slowest is not None:
             self._metrics.compare(predicted_s, time.perf_counter() - slowest.received)
-        trace = current()
         if trace is not None:
             trace.images, trace.stages = len(entries), slowest
 

@@ -1,8 +1,13 @@
-"""How many CPUs this container may really use."""
+"""How many CPUs this container may really use, and which threads go first on them."""
 
+import contextlib
 import math
 import os
+import sys
+import threading
 from pathlib import Path
+
+_NICE = 10  # a tenth of an ordinary thread's share, while there are not cores enough for all
 
 
 def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -23,3 +28,15 @@ def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     if quota in ("max", "-1"):
         return cpus
     return max(1, min(cpus, math.ceil(int(quota) / int(period))))
+
+
+def give_way() -> None:
+    """Let all other threads of the process go before the calling one and those it starts.
+
+    Decoding and inference can fill every core. The event loop needs little, but needs it at once: a
+    refusal or a probe that waits its turn among them is late by all of their time slices.
+    """
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        # A sandbox may forbid it; then all are alike.
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

@@ -1,6 +1,7 @@
 """The application: the one place where the parts are wired together."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -29,7 +30,6 @@ from app.routes import (
 )
 from app.service import Service
 from app.settings import Settings
-from app.shortcut import Shortcut
 from app.spans import exporter
 from app.uploads import TIMEOUT_HEADER
 
@@ -50,6 +50,9 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         latency = LatencyTable(settings.max_batch, settings.decode_threads)
         await asyncio.to_thread(warm_up, engine, settings.max_batch, latency)
+        # What is there now stays: to look through it again would stop every thread for 40 ms.
+        gc.collect()
+        gc.freeze()
         admission = Admission(settings, latency)
         classifier = Classifier(engine, settings, latency, admission, measures)
         app.state.service = Service(
@@ -71,7 +74,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         # The framework's own would look for a provider on every request; ours is in spans.py.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    app.state.metrics = measures
+    app.state.metrics, app.state.keys, app.state.spans = measures, keys, spans
     _show_states(measures, app)
     modules = (
         *(classify, explain, hugging_face, inference_protocol),
@@ -81,7 +84,6 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     for router in routers:
         app.include_router(router)
     problems.answer_errors(app)
-    app.add_middleware(Shortcut)
     app.add_middleware(Door, keys=keys)
     if settings.cors_origins:
         # Outside the door: a browser's preflight carries no key.

@@ -5,6 +5,7 @@ the scrape and costs the requests nothing.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 from prometheus_client import (
     CollectorRegistry,
@@ -71,18 +72,24 @@ class Metrics:
             "actual_to_predicted_ratio", "Actual over predicted time; 1 is a perfect one", _RATIOS
         )
 
+        # Looking a series up costs more than counting in it; there are but a few dozen.
+        self._requests_of = cache(self._requests.labels)
+        self._request_s_of = cache(self._request_s.labels)
+        self._refusals_of = cache(self._refusals.labels)
+        self._images_of = cache(self._images.labels)
+
     def finish_request(self, trace: Trace, route: str, status: int, seconds: float) -> None:
         """Count one answered request; `route` is a template of ours, never a client's path."""
-        self._requests.labels(route, str(status), trace.problem or "ok").inc()
-        self._request_s.labels(route).observe(seconds)
+        self._requests_of(route, str(status), trace.problem or "ok").inc()
+        self._request_s_of(route).observe(seconds)
         if trace.received_bytes:
             self._received.inc(trace.received_bytes)
         if status in _REFUSALS:
-            self._refusals.labels(trace.reason or trace.problem or "other").inc()
+            self._refusals_of(trace.reason or trace.problem or "other").inc()
 
     def finish_image(self, stages: Stages | None, outcome: str) -> None:
         """Count one image, with its times if it reached the engine."""
-        self._images.labels(outcome).inc()
+        self._images_of(outcome).inc()
         if stages is not None:
             self._decode_s.observe(stages.decode_s)
             self._queue_s.observe(stages.queue_s)

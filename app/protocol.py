@@ -10,13 +10,14 @@ import json
 import re
 from typing import Any, ClassVar
 
+from fastapi import FastAPI
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.access import REQUEST_ID_HEADER, SECURITY_HEADERS, report
-from app.errors import kind_of, problem_body
+from app.errors import BodyTimeout, kind_of, problem_body
+from app.express import Express, express
 from app.farewell import Farewell
-from app.metrics import Metrics
 from app.settings import Settings
 from app.trace import new_trace
 
@@ -38,7 +39,7 @@ class BoundedProtocol(HttpToolsProtocol):
     """One connection; `bounded(settings)` makes the class that uvicorn instantiates."""
 
     settings: ClassVar[Settings]
-    metrics: ClassVar[Metrics]
+    served: ClassVar[FastAPI]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -49,6 +50,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._deaf = False  # what comes is no longer listened to
         self._body_bytes = 0  # of this message
         self._allowance = MAX_HEADER_BYTES  # bytes that may still come for this message
+        self._express: Express | None = None  # the request that is served without ASGI
         self._farewell: Farewell
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
@@ -61,8 +63,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._start_clock(self.settings.header_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clocks."""
+        """Stop the clocks, and whatever is being done for the client."""
         self._stop_clock()
+        if self._express is not None:
+            self._express.hang_up()
         self.resume_writing()
         self._farewell.end()
         super().connection_lost(exc)
@@ -106,6 +110,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             raise OverflowError("too many requests are pipelined")
         self._in_headers = False
+        if self._by_express():
+            return
         self._start_clock(self.settings.body_timeout_s + LAST_WORD_S)
         super().on_headers_complete()
         if self.expect_100_continue or self.parser.should_upgrade():
@@ -121,7 +127,9 @@ class BoundedProtocol(HttpToolsProtocol):
         # A body of one-byte chunks comes here a million times: uvicorn's own few lines, not a call.
         self._body_bytes += len(body)
         cycle = self.cycle
-        if not cycle.response_complete:
+        if isinstance(cycle, Express) and not cycle.response_complete:
+            cycle.feed(body)
+        elif not cycle.response_complete:
             cycle.body += body
             if len(cycle.body) > HIGH_WATER_LIMIT:
                 self.flow.pause_reading()
@@ -135,7 +143,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._begun = False
         self._in_headers = True
         self._allowance, self._body_bytes = MAX_HEADER_BYTES, 0
-        super().on_message_complete()
+        if isinstance(self.cycle, Express):
+            self.cycle.complete()
+        else:
+            super().on_message_complete()
 
     def pause_writing(self) -> None:
         """Start the clock on a client that does not read its answers."""
@@ -164,6 +175,37 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _unsupported_upgrade_warning(self) -> None:
         """Pass over an offer that came in pieces; the connection closes after the answer."""
+
+    def _by_express(self) -> bool:
+        """Serve the request that has begun without ASGI, if it can be."""
+        if self.parser.get_method() != b"POST" or self.parser.get_http_version() != "1.1":
+            return False
+        if self.flow.write_paused or not (self.cycle is None or self.cycle.response_complete):
+            return False  # it has to wait its turn
+        found = express(
+            self.served,
+            self.url,
+            self.headers,
+            self.server_state.default_headers,
+            self.transport.write,
+        )
+        if found is None:
+            return False
+        found.keep_alive = self.parser.should_keep_alive()
+        # It stands where uvicorn looks for a request and its task.
+        self._express = found
+        self.cycle = found  # type: ignore[assignment] # all that uvicorn looks at is there
+        self.tasks.add(found)  # type: ignore[arg-type] # for its `cancel`
+        self._start_clock(self.settings.body_timeout_s)
+        found.begin(lambda: self._on_answered(found))
+        return True
+
+    def _on_answered(self, found: Express) -> None:
+        self._express = None
+        self.tasks.discard(found)
+        if not found.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
 
     def _without_upgrade(self, data: bytes) -> bytes:
         """Hide the offer of another protocol: the parser would take the body for that protocol's.
@@ -200,6 +242,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._start_clock(self.settings.body_timeout_s)
         elif self._in_headers and (self.cycle is None or self.cycle.response_complete):
             self._refuse(408, "Request timeout", "The headers did not arrive in time.")
+        elif isinstance(self.cycle, Express):
+            self.cycle.fail(BodyTimeout(self.settings.body_timeout_s))
         else:
             self.transport.close()
 
@@ -228,13 +272,13 @@ class BoundedProtocol(HttpToolsProtocol):
             REQUEST_ID_HEADER: trace.request_id,
             "Server-Timing": trace.server_timing(trace.started),
         }
-        report(self.metrics, trace, "-", "unparsed", status)
+        report(self.served.state.metrics, trace, "-", "unparsed", status)
         lines = [f"HTTP/1.1 {status} {title}", *(f"{k}: {v}" for k, v in fields.items()), "", ""]
         self.transport.write("\r\n".join(lines).encode("ascii") + body)
         self.transport.close()
 
 
-def bounded(settings: Settings, metrics: Metrics) -> type[BoundedProtocol]:
+def bounded(settings: Settings, app: FastAPI) -> type[BoundedProtocol]:
     """Return the protocol class for these settings; uvicorn instantiates it by itself."""
-    members = {"settings": settings, "metrics": metrics}
+    members = {"settings": settings, "served": app}
     return type("ServedProtocol", (BoundedProtocol,), members)

@@ -14,12 +14,14 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
 from app import tune
+from app.cpus import give_way
 from app.cuda import GpuOptions
 from app.engine import OnnxEngine
 from app.errors import StartupError
@@ -57,13 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
         listener = _bind(settings)
         _allow_descriptors(settings)
-        engine = OnnxEngine(
-            settings.model,
-            settings.device,
-            settings.threads,
-            max_batch=settings.max_batch,
-            gpu=GpuOptions(settings.gpu_memory_mib, settings.tensorrt_cache),
-        )
+        engine = _open(settings)
         app = create_app(settings, engine)
     except StartupError as error:
         sys.stderr.write(f"mixer-serve: {' '.join(str(error).splitlines())}\n")
@@ -82,6 +78,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _open(settings: Settings) -> OnnxEngine:
+    """Open the model in a thread that gives way: those which ONNX Runtime starts there do, too."""
+    with ThreadPoolExecutor(1, initializer=give_way) as opener:
+        return opener.submit(
+            OnnxEngine,
+            settings.model,
+            settings.device,
+            settings.threads,
+            max_batch=settings.max_batch,
+            gpu=GpuOptions(settings.gpu_memory_mib, settings.tensorrt_cache),
+        ).result()
+
+
 class DrainingServer(uvicorn.Server):
     """A server that fails its readiness first, serves on for a while, and only then stops.
 
@@ -93,7 +102,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=bounded(settings, app.state.metrics),
+                http=bounded(settings, app),
                 ws="none",
                 lifespan="on",
                 log_config=None,

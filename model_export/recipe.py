@@ -44,8 +44,10 @@ class Recipe(BaseModel):
     batch_size: int = Field(
         default=128, ge=1, description="images in one step; the paper's 4096 needs a cluster"
     )
-    optimizer: Literal["adam", "adamw"] = Field(
-        default="adamw", description="adam adds weight decay to the gradient, adamw does not"
+    optimizer: Literal["adam", "adamw", "muon"] = Field(
+        default="adamw",
+        description="adam adds weight decay to the gradient, adamw does not; muon takes orthogonal "
+        "steps on the blocks' matrices, and learns more in few epochs",
     )
     lr: float = Field(default=1e-3, gt=0, description="highest learning rate")
     min_lr: float = Field(default=0.0, ge=0, description="learning rate at the end")

@@ -75,6 +75,7 @@ def train(request: Request) -> int | None:
         "val_split": request.val_split or (state or {}).get("val_split"),
         "threads": request.threads,
         "compile": request.compile,
+        "bfloat16": trainer.bfloat16,
     }
     about = train_report.About(
         request.data.name, listing.classes, len(pictures[0]), len(pictures[1]), pictures[2]

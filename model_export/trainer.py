@@ -8,7 +8,6 @@ what the uninterrupted one would have done.
 import copy
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from app.model_card import Preprocessing
-from model_export import augment
+from model_export import augment, optimizer
 from model_export.decoded import Pictures
 from model_export.mixer import Mixer
 from model_export.randaugment import randaugment
@@ -71,13 +70,14 @@ class Trainer:
     def __post_init__(self) -> None:
         self.model.to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(requires_grad=False)
-        self.optimizer = _optimizer(self.model, self.recipe)
+        self.optimizers = optimizer.build(self.model, self.recipe)
         loss = TrainingLoss(self.model)
         self.loss: nn.Module = compiled(loss) if self.compile else loss
         self.batch = min(self.recipe.batch_size, len(self.train))
         self.epoch_steps = len(self.train) // self.batch
         self.steps = self.epoch_steps * self.recipe.epochs
         self.classes = self.model.config.classes
+        self.bfloat16 = multiplies_bfloat16(self.device)
         self._order = (-1, np.empty(0, np.int64))
 
     @property
@@ -91,15 +91,17 @@ class Trainer:
         rng = np.random.default_rng([self.recipe.seed, _STEP, self.step])
         patches, targets, labels = self._batch(rng)
         kept = self._kept(rng)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        for one in self.optimizers:
+            for group in one.param_groups:
+                group["lr"] = self.learning_rate()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             loss, logits = self.loss(patches, targets, kept)
         loss.backward()
         if self.recipe.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for one in self.optimizers:
+            one.step()
+            one.zero_grad(set_to_none=True)
         self._follow()
         self.step += 1
         self.running.images += len(labels)
@@ -161,7 +163,7 @@ class Trainer:
             "history": self.history,
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [one.state_dict() for one in self.optimizers],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -171,7 +173,8 @@ class Trainer:
         self.history = state["history"]
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for one, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            one.load_state_dict(kept)
 
     def _batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Return patches float [b, S, P·P·3], soft targets [b, classes] and labels int64 [b]."""
@@ -203,15 +206,12 @@ class Trainer:
             kept.lerp_(now, 1 - decay)
 
 
-def _optimizer(model: Mixer, recipe: Recipe) -> torch.optim.Optimizer:
-    """Decay weight matrices only: biases and norms have no scale to hold down."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    kind: Callable[..., torch.optim.Optimizer] = (
-        torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    )
-    return kind(groups, lr=recipe.lr, betas=(0.9, recipe.beta2), fused=True)
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Tell whether `device` has instructions for bfloat16: elsewhere it is slower than float32.
+
+    On a CPU with them (AVX-512 BF16, AMX) matrix products run 2 to 3.7 times as fast.
+    """
+    if device.type == "cuda":
+        return True
+    can = torch.cpu.get_capabilities()
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))

@@ -37,13 +37,7 @@ async def classify(request: Request, top_k: TopK = None) -> Response:
         )
     if isinstance(result, Problem):
         raise result
-    return json_response(
-        schemas.Classification(
-            model=model_name(classifier),
-            image=_image_info(result),
-            predictions=best(result.logits, classifier.card.labels, count),
-        )
-    )
+    return json_response(classification(result, classifier, count))
 
 
 @router.post(
@@ -115,6 +109,17 @@ def checked_top_k(top_k: int | None, classifier: Classifier) -> int:
     if top_k > classes:
         raise InvalidParameter(f"top_k is {top_k}; it must be from 1 to {classes}.")
     return top_k
+
+
+def classification(
+    result: Classified, classifier: Classifier, top_k: int
+) -> schemas.Classification:
+    """Return the answer about one image."""
+    return schemas.Classification(
+        model=model_name(classifier),
+        image=_image_info(result),
+        predictions=best(result.logits, classifier.card.labels, top_k),
+    )
 
 
 def model_name(classifier: Classifier) -> schemas.ModelName:

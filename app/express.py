@@ -1,0 +1,237 @@
+"""The usual `POST /classify` without ASGI: from the parser's callbacks to the queue and back.
+
+Task, messages, middleware and routing cost a request more than everything else that the event loop
+does for it, and under overload a refusal little less. So a request with nothing unusual about it is
+served right here, with the same parts and the same answers; any other takes the framework's way.
+"""
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import ClassVar
+
+from fastapi import FastAPI
+from pydantic_core import to_json
+from starlette.datastructures import Headers
+
+from app.access import CLIENT_GONE, FAULT, dress, report
+from app.admission import BodyBudget
+from app.batcher import Entry
+from app.errors import BodyTooLarge, NotReady, Problem
+from app.forms import Form, RawBody
+from app.routes.classify import checked_top_k, classification
+from app.service import Service
+from app.trace import new_trace
+from app.uploads import JSON, TIMEOUT_HEADER, deadline_after, image_reader
+
+logger = logging.getLogger(__name__)
+
+PATH = "/classify"
+# A number that needs no checking but against the model's classes.
+_TARGET = re.compile(rb"/classify(?:\?top_k=([1-9][0-9]{0,5}))?")
+# Each changes how a request is read or answered, by rules that the framework's way knows.
+_JSON = JSON.encode("ascii")
+_UNUSUAL = frozenset({b"expect", b"origin", b"upgrade"})
+_TIMEOUT = TIMEOUT_HEADER.encode("ascii")
+_STATUS_LINES = {
+    status: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in HTTPStatus
+}
+
+
+def express(
+    app: FastAPI,
+    target: bytes,
+    headers: list[tuple[bytes, bytes]],
+    default_headers: list[tuple[bytes, bytes]],
+    write: Callable[[bytes], None],
+) -> "Express | None":
+    """Return what serves a `POST` to `target`, or None if there is anything unusual about it.
+
+    `default_headers` go with the answer, whose bytes are given to `write`.
+    """
+    found = _TARGET.fullmatch(target)
+    if found is None:
+        return None
+    fields = dict(reversed(headers))  # the first of a name counts, as in Starlette
+    if not _UNUSUAL.isdisjoint(fields) or fields.get(b"content-type", b"").startswith(_JSON):
+        return None
+    if app.state.keys is not None and not app.state.keys.allow(Headers(raw=headers)):
+        return None
+    top_k = None if found[1] is None else int(found[1])
+    return Express(app, fields, top_k, default_headers, write)
+
+
+class Express:
+    """One request, in the place of uvicorn's RequestResponseCycle.
+
+    The protocol feeds it: `begin`, then `feed` for each piece of the body, then `complete`; and
+    `hang_up`, `time_out` or `cancel` whenever it may be. Each of them may answer.
+    """
+
+    # What uvicorn sets for a task that waits for the body; none does here.
+    message_event: ClassVar[asyncio.Event] = asyncio.Event()
+
+    def __init__(
+        self,
+        app: FastAPI,
+        fields: dict[bytes, bytes],
+        top_k: int | None,
+        default_headers: list[tuple[bytes, bytes]],
+        write: Callable[[bytes], None],
+    ) -> None:
+        self.keep_alive = True
+        self.disconnected = False
+        self.more_body = True
+        self.response_complete = False
+        self._app = app
+        self._service: Service = app.state.service
+        self._fields = fields
+        self._asked = top_k
+        self._default_headers = default_headers
+        self._write = write
+        self._trace = new_trace(self._field(b"x-request-id"), self._field(b"traceparent"))
+        self._trace.is_traced = self._trace.is_traced or app.state.spans is not None
+        self._budget = BodyBudget(self._service.admission)
+        self._is_in = False  # counted by the door
+        self._entry: Entry | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._reader: Form | RawBody = RawBody()
+
+    def begin(self, on_response: Callable[[], None]) -> None:
+        """Let the request in, or refuse it; `on_response` is called when it is answered."""
+        self._on_response = on_response
+        self._guard(self._begin)
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes of the body."""
+        if not self.response_complete:
+            self._guard(lambda: self._feed(chunk))
+
+    def complete(self) -> None:
+        """Send the image on its way: the body is whole."""
+        self.more_body = False
+        if not self.response_complete:
+            self._guard(self._complete)
+
+    def hang_up(self) -> None:
+        """Give up: the client is gone."""
+        if self.response_complete:
+            return
+        self.disconnected = True
+        if self._entry is not None:
+            self._entry.release()  # its future tells `_collect`
+        else:
+            self._leave(CLIENT_GONE)
+
+    def fail(self, problem: Problem) -> None:
+        """Answer with a problem, unless there is an answer already."""
+        if self.response_complete:
+            return
+        self._trace.problem, self._trace.reason = problem.kind, problem.reason
+        body = to_json(problem.body())
+        self._answer(problem.status, body, b"application/problem+json", problem.headers)
+
+    def cancel(self, msg: object = None) -> None:
+        """Stop, since the grace time is over; named and called as a task's by uvicorn."""
+        del msg
+        stopped = NotReady("This replica had to stop before the request was done.")
+        # Not at once: uvicorn goes through a set from which the answer would remove us.
+        asyncio.get_running_loop().call_soon(self.fail, stopped)
+
+    def _begin(self) -> None:
+        service = self._service
+        service.admission.enter()
+        self._is_in = True
+        settings = service.settings
+        self._deadline = deadline_after(self._field(_TIMEOUT) or None, settings)
+        self._top_k = checked_top_k(self._asked, service.classifier)
+        self._reader = image_reader(self._field(b"content-type"), settings.queue_size)
+        declared = self._fields.get(b"content-length", b"")
+        if declared.isdigit() and int(declared) > settings.max_upload_bytes:
+            raise BodyTooLarge(settings.max_upload_bytes)
+
+    def _feed(self, chunk: bytes) -> None:
+        self._trace.received_bytes += len(chunk)
+        limit = self._service.settings.max_upload_bytes
+        if self._trace.received_bytes > limit:
+            raise BodyTooLarge(limit)
+        self._budget.cover(self._trace.received_bytes)
+        self._reader.feed(chunk)
+
+    def _complete(self) -> None:
+        image, self._reader = self._reader.image(), RawBody()
+        self._predicted_s = self._service.admission.admit(1, self._deadline)
+        entry = self._entry = self._service.classifier.submit(image, self._trace.request_id)
+        left_s = self._deadline - time.monotonic()
+        self._timer = entry.future.get_loop().call_later(max(0.0, left_s), entry.release)
+        entry.future.add_done_callback(lambda _: self._guard(self._collect))
+
+    def _collect(self) -> None:
+        """Answer with what became of the image."""
+        if self.response_complete or self._entry is None:
+            return
+        if self.disconnected:
+            self._leave(CLIENT_GONE)
+            return
+        service = self._service
+        [result] = service.classifier.collect([self._entry], self._predicted_s, self._trace)
+        if isinstance(result, Problem):
+            self.fail(result)
+        else:
+            answer = classification(result, service.classifier, self._top_k)
+            self._answer(200, to_json(answer), b"application/json", {})
+
+    def _answer(self, status: int, body: bytes, media_type: bytes, more: dict[str, str]) -> None:
+        """Write the whole answer at once, and leave."""
+        headers = [*self._default_headers]
+        headers += [(b"content-length", b"%d" % len(body)), (b"content-type", media_type)]
+        headers += [(n.lower().encode("ascii"), v.encode("latin-1")) for n, v in more.items()]
+        dress(headers, self._trace, closing=self._service.draining or not self.keep_alive)
+        if (b"connection", b"close") in headers:
+            self.keep_alive = False
+        lines = [_STATUS_LINES[HTTPStatus(status)]]
+        lines += [b"%b: %b\r\n" % header for header in headers]
+        self._write(b"".join((*lines, b"\r\n", body)))
+        self._leave(status)
+
+    def _leave(self, status: int) -> None:
+        """Give back what the request held, report it, and let the connection go on."""
+        self.response_complete = True
+        self._reader = RawBody()  # what came stays no longer than it is counted
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._entry is not None:
+            self._entry.release()
+            self._service.admission.dismiss(1)
+        self._budget.close()
+        if self._is_in:
+            self._service.admission.leave()
+        if status == CLIENT_GONE:
+            self._trace.problem = "client-gone"
+        report(self._app.state.metrics, self._trace, "POST", PATH, status)
+        if self._app.state.spans is not None:
+            self._app.state.spans.export(self._trace, "POST", PATH, status)
+        self._on_response()
+
+    def _guard(self, step: Callable[[], None]) -> None:
+        """Take one step; what goes wrong is the answer."""
+        try:
+            step()
+        except Problem as problem:
+            self.fail(problem)
+        except Exception:
+            logger.exception("a bug, answered with 500")
+            self.fail(_Fault(FAULT))
+
+    def _field(self, name: bytes) -> str:
+        return self._fields.get(name, b"").decode("latin-1")
+
+
+class _Fault(Problem):
+    """A bug of ours."""
+
+    status = 500
+    title = HTTPStatus.INTERNAL_SERVER_ERROR.phrase

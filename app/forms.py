@@ -1,0 +1,145 @@
+"""A body on its way in: the image itself, or a form that holds images; fed as it arrives.
+
+Starlette would spool a form to disk before any of our code runs, and its limits leave file parts
+out; so it is parsed here, in memory.
+"""
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from app.errors import EmptyBody, MalformedForm
+
+# Besides images a form may hold some other fields. Each part costs some 30 µs of the event loop: a
+# form of nothing but parts would hold it for seconds.
+SPARE_PARTS = 16
+
+
+class RawBody:
+    """Collects a body that is one image."""
+
+    def __init__(self) -> None:
+        self._body: bytes | bytearray = b""
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes; one chunk that is all there is costs no copy."""
+        if not self._body:
+            self._body = chunk
+        elif isinstance(self._body, bytearray):
+            self._body += chunk
+        else:
+            self._body = bytearray(self._body)
+            self._body += chunk
+
+    def image(self) -> bytes:
+        """Return the image.
+
+        Raises:
+            EmptyBody: nothing came.
+        """
+        if not self._body:
+            raise EmptyBody("The request's body is empty; send an image.")
+        return bytes(self._body)
+
+
+class Form:
+    """Collects a form's fields as they arrive; file names are never looked at.
+
+    Raises:
+        MalformedForm: `content_type` names no usable boundary.
+    """
+
+    def __init__(self, content_type: str, max_images: int) -> None:
+        _, options = parse_options_header(content_type)
+        boundary = options.get(b"boundary", b"")
+        if not boundary:
+            raise MalformedForm("The multipart Content-Type names no boundary.")
+        self._parts_left = max_images + SPARE_PARTS
+        self._fields: dict[bytes, list[bytes]] = {}
+        self._header = (bytearray(), bytearray())  # name, value
+        self._name = b""
+        self._content = bytearray()
+        self._started = self._ended = False
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._begin,
+                    "on_header_field": lambda data, start, end: self._add(0, data[start:end]),
+                    "on_header_value": lambda data, start, end: self._add(1, data[start:end]),
+                    "on_header_end": self._end_header,
+                    "on_part_data": self._add_content,
+                    "on_part_end": self._end_part,
+                    "on_end": self._end,
+                },
+            )
+        except FormParserError as error:
+            raise MalformedForm("The multipart boundary is not valid.") from error
+
+    def feed(self, chunk: bytes) -> None:
+        """Parse the next bytes of the body.
+
+        Raises:
+            MalformedForm: not a multipart form.
+        """
+        self._started = self._started or bool(chunk)
+        try:
+            self._parser.write(chunk)
+        except FormParserError as error:
+            raise MalformedForm("The multipart form cannot be read.") from error
+
+    def image(self) -> bytes:
+        """Return the one image of the field `file`.
+
+        Raises:
+            EmptyBody, MalformedForm: as `images`; or there are several.
+        """
+        images = self.images("file")
+        if len(images) > 1:
+            raise MalformedForm(
+                "The form has several fields 'file'; send many images to /classify/batch."
+            )
+        return images[0]
+
+    def images(self, field: str) -> list[bytes]:
+        """Return the images of all the fields of that name, in order.
+
+        Raises:
+            EmptyBody: nothing came, or nothing in one of the fields.
+            MalformedForm: cut off before the closing boundary, or without the field.
+        """
+        if not self._started:
+            raise EmptyBody("The request's body is empty; send an image.")
+        if not self._ended:
+            raise MalformedForm("The multipart form ends before its closing boundary.")
+        images = self._fields.get(field.encode(), [])
+        if not images:
+            raise MalformedForm(f"The form has no field '{field}'.")
+        if not all(images):
+            raise EmptyBody(f"A field '{field}' is empty; send an image.")
+        return images
+
+    def _begin(self) -> None:
+        self._name, self._content = b"", bytearray()
+        self._parts_left -= 1
+        if self._parts_left < 0:
+            raise MalformedForm("The form has more parts than images can be taken.")
+
+    def _add(self, which: int, data: bytes) -> None:
+        self._header[which].extend(data)
+
+    def _end_header(self) -> None:
+        name, value = map(bytes, self._header)
+        self._header = (bytearray(), bytearray())
+        if name.lower() == b"content-disposition":
+            _, options = parse_options_header(value)
+            self._name = options.get(b"name", b"")
+
+    def _add_content(self, data: bytes, start: int, end: int) -> None:
+        self._content += memoryview(data)[start:end]
+
+    def _end_part(self) -> None:
+        self._fields.setdefault(self._name, []).append(bytes(self._content))
+        self._content = bytearray()
+
+    def _end(self) -> None:
+        self._ended = True

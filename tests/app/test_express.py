@@ -1,0 +1,156 @@
+"""`POST /classify` past the framework and by its way: a client cannot tell the two apart."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from app.express import express
+from app.main import create_app
+from app.settings import Settings
+from tests.fakes import FakeEngine, make_image
+from tests.faults.load import dial, get, post, read_answer
+from tests.processes import Server, serving
+
+IMAGE = make_image()
+# A parameter that nobody knows makes a request unusual: it takes the framework's way.
+DETOUR = "detour=1"
+BOUNDARY = "b"
+FORM = (
+    b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n' + IMAGE + b"\r\n"
+    b"--b--\r\n"
+)
+FORM_TYPE = f"multipart/form-data; boundary={BOUNDARY}"
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Iterator[FastAPI]:
+    """Return a running application that wants a key."""
+    (tmp_path / "keys").write_text("secret\n")
+    app = create_app(Settings(api_keys_file=tmp_path / "keys"), FakeEngine())
+    with TestClient(app):
+        yield app
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Return a real server around a fake engine."""
+    log = tmp_path_factory.mktemp("express") / "log"
+    with serving(
+        log,
+        *("--max-upload-bytes", "100000", "--log-format", "json"),
+        module="tests.faults.observed",
+        OBSERVED_BATCH_MS="0",
+    ) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("target", "headers", "taken"),
+    [
+        (b"/classify", {}, True),
+        (b"/classify?top_k=2", {}, True),
+        (b"/classify?top_k=02", {}, False),
+        (b"/classify?top_k=x", {}, False),
+        (b"/classify?top_k=2&top_k=3", {}, False),
+        (b"/classify/batch", {}, False),
+        (b"/classify", {b"content-type": FORM_TYPE.encode()}, True),
+        (b"/classify", {b"content-type": b"application/json"}, False),
+        (b"/classify", {b"origin": b"http://page"}, False),
+        (b"/classify", {b"expect": b"100-continue"}, False),
+        (b"/classify", {b"x-api-key": b"wrong"}, False),
+    ],
+)
+def test_which_requests_take_it(
+    app: FastAPI, target: bytes, headers: dict[bytes, bytes], taken: bool
+) -> None:
+    """Whatever a usual request has not, a foreign key included, makes it take the long way."""
+    fields = {b"x-api-key": b"secret"} | headers
+    found = express(app, target, list(fields.items()), [], lambda _: None)
+    assert (found is not None) is taken
+
+
+@pytest.mark.parametrize(
+    ("query", "body", "headers", "status"),
+    [
+        ("", IMAGE, {}, 200),
+        ("top_k=2", IMAGE, {}, 200),
+        ("", FORM, {"Content-Type": FORM_TYPE}, 200),
+        ("", IMAGE, {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "X-Request-ID": "me"}, 200),
+        ("", IMAGE, {"Connection": "close"}, 200),
+        ("top_k=9", IMAGE, {}, 422),
+        ("", IMAGE, {"X-Request-Timeout-Ms": "soon"}, 422),
+        ("", b"", {}, 400),
+        ("", b"not an image", {}, 415),
+        ("", IMAGE, {"Content-Type": "text/plain"}, 415),
+        ("", IMAGE[:45], {}, 422),
+        ("", FORM[:-20], {"Content-Type": FORM_TYPE}, 400),
+        ("", FORM, {"Content-Type": "multipart/form-data"}, 400),
+        ("", bytes(100_001), {}, 413),
+    ],
+)
+def test_both_ways_answer_alike(
+    server: Server, query: str, body: bytes, headers: dict[str, str], status: int
+) -> None:
+    """Status, body and the names of the headers are the same, for answers and problems."""
+    answers = []
+    for path in (f"/classify?{query}".rstrip("?"), f"/classify?{query}&{DETOUR}"):
+        with dial(server.url) as client:
+            request = post(
+                body, path, **{name.replace("-", "_"): headers[name] for name in headers}
+            )
+            client.sendall(request)
+            head, _, content = read_answer(client).partition(b"\r\n\r\n")
+        lines = head.decode("ascii").split("\r\n")
+        names = sorted(line.partition(":")[0].lower() for line in lines[1:])
+        answers.append((lines[0], names, json.loads(content)))
+    assert answers[0] == answers[1]
+    assert answers[0][0].split()[1] == str(status)
+
+
+def test_both_ways_are_reported_alike(server: Server) -> None:
+    """The log and the metrics know one route, whichever way its requests took."""
+    with dial(server.url) as client:
+        for number, path in enumerate(("/classify", f"/classify?{DETOUR}")):
+            client.sendall(post(IMAGE, path, X_Request_ID=f"twin-{number}"))
+            assert read_answer(client).startswith(b"HTTP/1.1 200")
+        client.sendall(get("/metrics"))
+        assert b'route="/classify",status="200"} ' in read_answer(client)
+    lines = [json.loads(line) for line in server.log.read_text().splitlines() if "twin-" in line]
+    assert len(lines) == 2
+    assert set(lines[0]) == set(lines[1])
+    for name in ("method", "route", "status", "outcome", "received_bytes", "images"):
+        assert lines[0][name] == lines[1][name]
+
+
+def test_order_of_a_pipeline(server: Server) -> None:
+    """Requests sent ahead are answered in their order, whichever way each takes."""
+    requests = [
+        post(IMAGE, "/classify?top_k=1", X_Request_ID="0"),
+        post(IMAGE, f"/classify?{DETOUR}", X_Request_ID="1"),
+        post(b"not an image", X_Request_ID="2"),
+        get("/livez"),
+        post(IMAGE, X_Request_ID="4"),
+    ]
+    with dial(server.url) as client:
+        client.sendall(b"".join(requests))
+        heard = b""
+        while heard.count(b"HTTP/1.1 ") < len(requests):
+            heard += client.recv(65536)
+    statuses = [part[:3] for part in heard.split(b"HTTP/1.1 ")[1:]]
+    assert statuses == [b"200", b"200", b"415", b"200", b"200"]
+    places = [heard.index(b"x-request-id: %d\r\n" % number) for number in (0, 1, 2, 4)]
+    assert places == sorted(places)
+
+
+def test_a_bug_is_a_500(server: Server) -> None:
+    """An engine that raises is answered with 500, and the connection serves on."""
+    with dial(server.url) as client:
+        for fault, status in ((b"raise", b"500"), (b"none", b"200")):
+            client.sendall(b"GET /observed?fault=%b HTTP/1.1\r\nHost: x\r\n\r\n" % fault)
+            read_answer(client)
+            client.sendall(post(IMAGE))
+            assert read_answer(client).startswith(b"HTTP/1.1 " + status)
