@@ -92,6 +92,7 @@ class Express:
         self._asked = top_k
         self._default_headers = default_headers
         self._write = write
+        self._on_response: Callable[[], None] = _nothing
         self._trace = new_trace(self._field(b"x-request-id"), self._field(b"traceparent"))
         self._trace.is_traced = self._trace.is_traced or app.state.spans is not None
         self._budget = BodyBudget(self._service.admission)
@@ -214,7 +215,8 @@ class Express:
         report(self._app.state.metrics, self._trace, "POST", PATH, status)
         if self._app.state.spans is not None:
             self._app.state.spans.export(self._trace, "POST", PATH, status)
-        self._on_response()
+        on_response, self._on_response = self._on_response, _nothing  # which knows us: a cycle
+        on_response()
 
     def _guard(self, step: Callable[[], None]) -> None:
         """Take one step; what goes wrong is the answer."""
@@ -228,6 +230,10 @@ class Express:
 
     def _field(self, name: bytes) -> str:
         return self._fields.get(name, b"").decode("latin-1")
+
+
+def _nothing() -> None:
+    """Stand for a call that has been made."""
 
 
 class _Fault(Problem):

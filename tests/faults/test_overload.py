@@ -10,7 +10,7 @@ import uvloop
 from app.settings import Settings
 from tests.fakes import make_image
 from tests.faults.conftest import Figure, Start
-from tests.faults.load import Answer, Load, closed_loop, one, percentile, post
+from tests.faults.load import Answer, Load, closed_loop, one, percentile, post, undisturbed
 from tests.processes import Server
 
 QUEUE_BUDGET_S = Settings().queue_budget_ms / 1000
@@ -38,7 +38,8 @@ def overload(server: Server, requests: Sequence[bytes], batch_s: float) -> tuple
         await after.settle()
         return hot, after.answers
 
-    hot, after = uvloop.run(run())
+    with undisturbed():
+        hot, after = uvloop.run(run())
     good = [a for a in hot if a.status == 200]
     refused = [a for a in hot if a.status == 429]
     goodput = len(good) / OVERLOAD_S / peak
