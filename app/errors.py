@@ -29,6 +29,8 @@ from typing import Any, ClassVar
 
 from fastapi.responses import JSONResponse
 
+PROBLEM_JSON = b"application/problem+json"
+
 
 class StartupError(Exception):
     """A wrong setting, model or device. The message is one line: what, its value, the fix."""
@@ -222,5 +224,5 @@ def problem_response(
         {**problem_body(status, title or HTTPStatus(status).phrase, detail), **(extra or {})},
         status_code=status,
         headers=dict(headers or {}),
-        media_type="application/problem+json",
+        media_type=PROBLEM_JSON.decode(),
     )

@@ -20,12 +20,13 @@ from starlette.datastructures import Headers
 from app.access import CLIENT_GONE, FAULT, dress, report
 from app.admission import BodyBudget
 from app.batcher import Entry
-from app.errors import BodyTooLarge, NotReady, Problem
+from app.errors import PROBLEM_JSON, BodyTooLarge, NotReady, Problem
 from app.forms import Form, RawBody
 from app.routes.classify import checked_top_k, classification
 from app.service import Service
 from app.trace import new_trace
 from app.uploads import JSON, TIMEOUT_HEADER, deadline_after, image_reader
+from app.wire import answer
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +37,6 @@ _TARGET = re.compile(rb"/classify(?:\?top_k=([1-9][0-9]{0,5}))?")
 _JSON = JSON.encode("ascii")
 _UNUSUAL = frozenset({b"expect", b"origin", b"upgrade"})
 _TIMEOUT = TIMEOUT_HEADER.encode("ascii")
-_STATUS_LINES = {
-    status: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in HTTPStatus
-}
 
 
 def express(
@@ -133,7 +131,7 @@ class Express:
             return
         self._trace.problem, self._trace.reason = problem.kind, problem.reason
         body = to_json(problem.body())
-        self._answer(problem.status, body, b"application/problem+json", problem.headers)
+        self._answer(problem.status, body, PROBLEM_JSON, problem.headers)
 
     def cancel(self, msg: object = None) -> None:
         """Stop, since the grace time is over; named and called as a task's by uvicorn."""
@@ -182,20 +180,17 @@ class Express:
         if isinstance(result, Problem):
             self.fail(result)
         else:
-            answer = classification(result, service.classifier, self._top_k)
-            self._answer(200, to_json(answer), b"application/json", {})
+            found = classification(result, service.classifier, self._top_k)
+            self._answer(200, to_json(found), b"application/json", {})
 
     def _answer(self, status: int, body: bytes, media_type: bytes, more: dict[str, str]) -> None:
         """Write the whole answer at once, and leave."""
-        headers = [*self._default_headers]
-        headers += [(b"content-length", b"%d" % len(body)), (b"content-type", media_type)]
+        headers = [*self._default_headers, (b"content-type", media_type)]
         headers += [(n.lower().encode("ascii"), v.encode("latin-1")) for n, v in more.items()]
         dress(headers, self._trace, closing=self._service.draining or not self.keep_alive)
         if (b"connection", b"close") in headers:
             self.keep_alive = False
-        lines = [_STATUS_LINES[HTTPStatus(status)]]
-        lines += [b"%b: %b\r\n" % header for header in headers]
-        self._write(b"".join((*lines, b"\r\n", body)))
+        self._write(answer(status, headers, body))
         self._leave(status)
 
     def _leave(self, status: int) -> None:

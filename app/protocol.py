@@ -6,20 +6,20 @@ client that sends more than it may reads its answer before the connection goes.
 """
 
 import asyncio
-import json
-import re
 from typing import Any, ClassVar
 
 from fastapi import FastAPI
+from pydantic_core import to_json
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from app.access import REQUEST_ID_HEADER, SECURITY_HEADERS, report
-from app.errors import BodyTimeout, kind_of, problem_body
+from app.access import dress, report
+from app.errors import PROBLEM_JSON, BodyTimeout, kind_of, problem_body
 from app.express import Express, express
 from app.farewell import Farewell
 from app.settings import Settings
 from app.trace import new_trace
+from app.wire import answer, without_upgrade
 
 # What a request may hold besides its body: nginx's and most balancers' own limit for headers.
 MAX_HEADER_BYTES = 64 * 1024
@@ -32,7 +32,6 @@ LAST_WORD_S = 1.0
 MAX_PIPELINED = 32
 # When the listener has closed, time for the first request of a connection opened just before.
 LAST_CALL_S = 0.5
-_UPGRADE = re.compile(rb"(?i)\r\nUpgrade[ \t]*:")
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -81,7 +80,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._deadline is None and self._in_headers:
             self._start_clock(self.settings.header_timeout_s)  # the next request on this connection
         self._allowance -= len(data)
-        super().data_received(self._without_upgrade(data) if self._in_headers else data)
+        super().data_received(without_upgrade(data) if self._in_headers else data)
         allowed = self._allowance + self._body_bytes * FRAMING_PER_BODY_BYTE
         if allowed < 0 and not self.transport.is_closing():
             if self._in_headers:
@@ -207,18 +206,6 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
         self.on_response_complete()
 
-    def _without_upgrade(self, data: bytes) -> bytes:
-        """Hide the offer of another protocol: the parser would take the body for that protocol's.
-
-        Java's HTTP client offers HTTP/2 with its first request, and a server may go on without
-        (RFC 9110, section 7.8). Only what comes together with its headers is looked at.
-        """
-        end = data.find(b"\r\n\r\n")
-        found = _UPGRADE.search(data, 0, end + 2 if end >= 0 else len(data))
-        if found is None:
-            return data
-        return data[: found.start()] + b"\r\nX-Offer:" + data[found.end() :]
-
     def _refuse_headers(self) -> None:
         self._refuse(431, "Headers too large", f"At most {MAX_HEADER_BYTES} bytes.")
 
@@ -263,18 +250,11 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         trace = new_trace()
         trace.problem = kind_of(title)
-        body = json.dumps(problem_body(status, title, detail)).encode()
-        fields = {
-            "Content-Type": "application/problem+json",
-            "Content-Length": str(len(body)),
-            "Connection": "close",
-            **SECURITY_HEADERS,
-            REQUEST_ID_HEADER: trace.request_id,
-            "Server-Timing": trace.server_timing(trace.started),
-        }
+        headers = [(b"content-type", PROBLEM_JSON)]
+        dress(headers, trace, closing=True)
         report(self.served.state.metrics, trace, "-", "unparsed", status)
-        lines = [f"HTTP/1.1 {status} {title}", *(f"{k}: {v}" for k, v in fields.items()), "", ""]
-        self.transport.write("\r\n".join(lines).encode("ascii") + body)
+        body = to_json(problem_body(status, title, detail))
+        self.transport.write(answer(status, headers, body))
         self.transport.close()
 
 
