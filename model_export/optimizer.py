@@ -17,7 +17,7 @@ def build(model: Mixer, recipe: Recipe) -> list[torch.optim.Optimizer]:
     pixels and to classes, where directions of the weights are no equals.
     """
     if recipe.optimizer == "muon":
-        inner = [p for p in model.blocks.parameters() if p.dim() == 2]  # noqa: PLR2004 - a matrix
+        inner = [p for p in model.blocks.parameters() if p.dim() == 2]
         muon = torch.optim.Muon(
             inner,
             lr=recipe.lr,

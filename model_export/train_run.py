@@ -20,7 +20,7 @@ from model_export.decoded import Pictures, Skipped
 from model_export.errors import ExportError
 from model_export.recipe import Recipe
 from model_export.run_folder import RunFolder
-from model_export.trainer import Trainer
+from model_export.trainer import Trainer, multiplies_bfloat16
 
 _DRAW_SECONDS = 60  # curves take about a second to draw, short epochs less than that to train
 _SHOWN = 10  # skipped files named on the screen; all of them are in skipped.txt
@@ -47,6 +47,7 @@ def train(request: Request) -> int | None:
         ExportError: the data, the recipe or the run folder does not allow it.
     """
     torch.set_num_threads(request.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     listing = dataset.find(request.data)
     if request.resume:
         folder = RunFolder(request.output, resume=True)
@@ -60,11 +61,10 @@ def train(request: Request) -> int | None:
         folder = RunFolder(request.output, resume=False)
         model, preprocessing = train_model.build(rules, len(listing.classes))
     else:
-        _check_same(request, listing, state)
+        _check_same(request, listing, state, bfloat16=multiplies_bfloat16(device))
         kept = checkpoints.load(str(request.output), allow_zero_head=True)
         model, preprocessing = kept.model.train(), kept.preprocessing
     pictures = _decode(request, listing, rules, preprocessing, folder)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trainer = Trainer(rules, model, preprocessing, *pictures[:2], device, request.compile)
     if state is not None:
         trainer.restore(state["trainer"])
@@ -145,15 +145,18 @@ def _resumed_recipe(request: Request, state: dict[str, Any]) -> Recipe:
     return saved
 
 
-def _check_same(request: Request, listing: Listing, state: dict[str, Any]) -> None:
+def _check_same(
+    request: Request, listing: Listing, state: dict[str, Any], *, bfloat16: bool
+) -> None:
     """Refuse other data; warn where the arithmetic would round differently."""
     if state["data"] != listing.digest():
         raise ExportError(f"--resume: {request.data} has not the pictures that the run began with")
-    for name in ("threads", "compile"):
-        if state[name] != getattr(request, name):
+    now = {"threads": request.threads, "compile": request.compile, "bfloat16": bfloat16}
+    for name, value in now.items():
+        if state[name] != value:
             sys.stderr.write(
                 f"mixer-train: the run began with {name} {state[name]}, and goes on with "
-                f"{getattr(request, name)}: sums round differently, so it is no exact repetition\n"
+                f"{value}: sums round differently, so it is no exact repetition\n"
             )
 
 

@@ -108,8 +108,8 @@ def test_recipe_repeats_the_run(run: Path, images: Path, tmp_path: Path) -> None
     assert (again / weights).read_bytes() == (run / weights).read_bytes()
 
 
-# Every kind of randomness is on: a lost random state would show.
-LONG = [*QUICK, "--epochs", "16", "--cutmix", "0.5"]
+# Every kind of randomness is on: a lost random state would show. Muon has two optimizers' state.
+LONG = [*QUICK, "--epochs", "16", "--cutmix", "0.5", "--optimizer", "muon"]
 
 
 @pytest.fixture(scope="session")
