@@ -13,12 +13,15 @@ What the process holds at most, with the default settings and two CPUs (MiB):
 import json
 import time
 
+import pytest
 import uvloop
+from PIL import Image
 
-from tests.fakes import make_image
+from tests.fakes import encode, make_image
 from tests.faults.conftest import Figure, Start
-from tests.faults.load import Answer, Load, dial, get, one, post, read_answer
+from tests.faults.load import Answer, Load, closed_loop, dial, get, one, post, read_answer
 
+BYTES_PER_PIXEL = 20  # of a picture being decoded, at worst: ARCHITECTURE.md
 HEAD = b"POST /classify HTTP/1.1\r\nHost: test\r\nContent-Type: image/jpeg\r\n"
 
 
@@ -157,3 +160,23 @@ def encode_form(images: list[bytes]) -> bytes:
     """Return a multipart form of the repeated field `files`."""
     head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x"\r\n\r\n'
     return b"".join(head + image + b"\r\n" for image in images) + b"--b--\r\n"
+
+
+@pytest.mark.slow
+def test_memory_of_the_largest_pictures(fake: Start, figure: Figure) -> None:
+    """Pictures of `max_pixels` in all decode threads hold no more than the sum allows them."""
+    side, threads = 7000, 2
+    most = threads * side * side * BYTES_PER_PIXEL / 2**20
+    with fake(decode_threads=threads, request_timeout_ms=120_000) as server:
+        one(server.url, post(make_image()))
+        before = server.resident_mib()
+        for file_format in ("WEBP", "PNG", "JPEG"):
+            picture = Image.effect_noise((64, 64), 60).resize((side, side))
+            mode = "RGB" if file_format == "JPEG" else "RGBA"
+            request = post(encode(picture.convert(mode), file_format, quality=10))
+            answers = closed_loop(server.url, [request], 2 * threads, 4)
+            assert {answer.status for answer in answers} == {200}
+            peak = server.peak_mib() - before
+            figure(f"{file_format}: {peak:.0f} MiB at the most so far, of {most:.0f}")
+            assert peak < most
+        assert peak > most / 4  # the sum is no fancy
