@@ -172,10 +172,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _eight_bit(image: Image.Image) -> Image.Image:
     """Scale 16-bit grey to 8 bits; Pillow's own conversion would clip all above 255 to white."""
     grey = np.asarray(image).astype(np.uint32)  # [H, W]
-    scaled = ((grey * 255 + 32767) // 65535).astype(np.uint8)
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        scaled[grey == transparent] = 255
+    shows_paper = grey == transparent if isinstance(transparent, int) else None
+    grey *= 255  # in place: a large picture has no room for copies
+    grey += 32767
+    grey //= 65535
+    scaled = grey.astype(np.uint8)
+    if shows_paper is not None:
+        scaled[shows_paper] = 255
     return Image.fromarray(scaled)
 
 

@@ -17,7 +17,7 @@ _PROBLEMS: tuple[Problem, ...] = (
     errors.NoSuchModel("The model here is mixer-cifar10, version 1f0c2d3e4a5b."),
     errors.BodyTimeout(30),
     errors.BodyTooLarge(20 * 2**20),
-    errors.TooManyPixels("The image has 65535 x 65535 pixels; at most 50000000 are taken."),
+    errors.TooManyPixels("The image has 65535 x 65535 pixels; at most 50000000 are taken here."),
     errors.TooManyImages("The request holds 2000 images; at most 1024 are taken."),
     errors.UnsupportedFormat("The upload is not a JPEG, PNG, WebP, GIF or BMP image."),
     errors.CorruptImage("The image cannot be decoded: image file is truncated."),

@@ -99,7 +99,6 @@ def costly(upload_bytes: int) -> dict[str, bytes]:
     gif = encode(Image.new("P", (8, 8)), "GIF")
     image = gif.index(b"\x2c", 13) if b"\x2c" in gif[13:] else 13
     room = upload_bytes - 4096
-    large = Image.new("RGBA", (7071, 7071), (200, 10, 30, 128))
     files = {
         "PNG of tiny chunks": png[:33] + chunk * (room // len(chunk)) + png[33:],
         "JPEG of tiny segments": jpeg[:2] + b"\xff\xfe\0\2" * (room // 4) + jpeg[2:],
@@ -110,11 +109,12 @@ def costly(upload_bytes: int) -> dict[str, bytes]:
         "JPEG of as many scans as may be": scans(774, 990),
         "sequential JPEG of 1,000 scans": scans(1000, 1000, progressive=False),
     }
-    for name, options in (
-        ("PNG", {"compress_level": 1}),
-        ("WEBP", {"lossless": True, "quality": 0, "method": 0}),
+    for name, side, options in (
+        ("PNG", 7071, {"compress_level": 1}),
+        ("WEBP", 4000, {"lossless": True, "quality": 0, "method": 0}),
     ):
-        files[f"{name} of 50 megapixels"] = encode(large, name, **options)
+        large = Image.new("RGBA", (side, side), (200, 10, 30, 128))
+        files[f"{name} of {side} x {side}"] = encode(large, name, **options)
     return files
 
 
