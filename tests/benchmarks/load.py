@@ -59,10 +59,11 @@ class Connection(asyncio.Protocol):
         self._status = 0
         self.transport: asyncio.WriteTransport  # set once connected
         self.due = 0.0
+        self.is_busy = False
 
     def send(self, request: bytes, due: float) -> None:
         """Send a request that was due at `due`, in seconds of perf_counter."""
-        self.due = due
+        self.due, self.is_busy = due, True
         self.transport.write(request)
 
     def data_received(self, data: bytes) -> None:
@@ -88,7 +89,8 @@ class Connection(asyncio.Protocol):
         self._load.on_lost(self)
 
     def close(self) -> None:
-        """Hang up."""
+        """Hang up; what is still under way has been counted."""
+        self.is_busy = False
         self.transport.abort()
 
 
@@ -157,6 +159,7 @@ class Load:
     def on_answer(self, connection: Connection, status: int) -> None:
         """Count an answer and send the connection's next request."""
         now = time.perf_counter()
+        connection.is_busy = False
         self._under_way -= 1
         statuses = self._result.statuses
         statuses[status] = statuses.get(status, 0) + 1
@@ -172,8 +175,11 @@ class Load:
 
     def on_lost(self, connection: Connection) -> None:
         """Count what a closed connection takes with it; the run goes on without it."""
-        if time.perf_counter() < self._stop_at:
+        if connection.is_busy:
+            self._under_way -= 1
             self._result.unanswered += 1
+        elif connection in self._idle:
+            self._idle.remove(connection)  # the server closes what it finds idle or too many
 
 
 def main() -> None:

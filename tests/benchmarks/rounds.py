@@ -69,6 +69,8 @@ class Rounds:
                 variables = self._variables(name)
                 bench = Bench(environments, bodies, self._photos[0], variables, plan.seconds)
                 measured[name] = self._closed(name, bench)
+                # An hour's figures, should a server break in what follows.
+                (FOLDER / "closed.json").write_text(json.dumps(measured, indent=1))
             variables = self._variables(plan.models[0])
             bench = Bench(environments, bodies, self._photos[0], variables, plan.seconds)
             found = measured[plan.models[0]]["servers"].values()

@@ -18,8 +18,15 @@ ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 class SlowServer:
     """Answers each request after `delay_s`, one at a time, the first after `stall_s` more."""
 
-    def __init__(self, delay_s: float, stall_s: float = 0.0, status: bytes = b"200") -> None:
+    def __init__(
+        self,
+        delay_s: float,
+        stall_s: float = 0.0,
+        status: bytes = b"200",
+        closes: bool = False,
+    ) -> None:
         self._delay_s = delay_s
+        self._closes = closes
         self._stall_s = stall_s
         self._answer = ANSWER.replace(b"200", status)
         self._turn = asyncio.Lock()
@@ -32,6 +39,8 @@ class SlowServer:
                     await asyncio.sleep(self._delay_s + self._stall_s)
                     self._stall_s = 0.0
                 writer.write(self._answer)
+                if self._closes:
+                    break
         writer.close()
 
 
@@ -58,6 +67,14 @@ def test_open_loop_counts_from_when_a_request_was_due(tmp_path: Path) -> None:
     late = [latency for latency in result.latencies_ms if latency > 100]
     assert result.answered == 50
     assert len(late) >= 15
+
+
+def test_closed_connections_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a server closes after an answer is used no more; what finds no connection has failed."""
+    monkeypatch.setattr("tests.benchmarks.load.PATIENCE_S", 0.2)
+    result = run(SlowServer(0.0, closes=True), tmp_path, connections=4, rate=20)
+    assert result.answered == 4
+    assert result.unanswered == 6
 
 
 def test_closed_loop_waits_for_each_answer(tmp_path: Path) -> None:
