@@ -6,6 +6,8 @@ import logging
 import time
 from pathlib import Path
 
+from fastapi import Security
+from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.datastructures import Headers
 
 from app.errors import StartupError
@@ -14,6 +16,11 @@ logger = logging.getLogger(__name__)
 
 # How soon a changed file counts; looking costs a microsecond, so once a second is free.
 RELOAD_PERIOD_S = 1.0
+# How the OpenAPI document names the two ways to send a key; neither checks it.
+KEY_SCHEMES = [
+    Security(HTTPBearer(auto_error=False)),
+    Security(APIKeyHeader(name="X-API-Key", auto_error=False)),
+]
 
 
 class ApiKeys:

@@ -14,7 +14,7 @@ from app.classifier import Classifier
 from app.door import Door
 from app.engine import Engine
 from app.explain import Explainer
-from app.keys import ApiKeys
+from app.keys import KEY_SCHEMES, ApiKeys
 from app.latency import LatencyTable, warm_up
 from app.metrics import Metrics
 from app.routes import (
@@ -76,13 +76,13 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     )
     app.state.metrics, app.state.keys, app.state.spans = measures, keys, spans
     _show_states(measures, app)
-    modules = (
-        *(classify, explain, hugging_face, inference_protocol),
-        *(health, metrics, model, pages),
-    )
-    routers = [module.router for module in modules]
-    for router in routers:
-        app.include_router(router)
+    guarded = (classify, explain, hugging_face, inference_protocol, model)
+    for module in guarded:
+        # The door asks for the key; this shows it in the document, and makes /docs ask for it.
+        app.include_router(module.router, dependencies=[] if keys is None else KEY_SCHEMES)
+    for module in (health, metrics, pages):
+        app.include_router(module.router)
+    routers = [module.router for module in (*guarded, health, metrics, pages)]
     problems.answer_errors(app)
     app.add_middleware(Door, keys=keys)
     if settings.cors_origins:

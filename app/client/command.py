@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,6 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         images = find_images(options.paths)
         return asyncio.run(_run(options, images))
+    except BrokenPipeError:
+        # `| head` has seen enough. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as a shell reports SIGPIPE
     except (NothingFoundError, OtherModelError, ServerError, OSError) as error:
         return _refuse(str(error))
     except KeyboardInterrupt:

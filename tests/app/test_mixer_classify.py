@@ -179,6 +179,19 @@ def test_interrupted(tmp_path: Path) -> None:
     assert len(by_name(file.read_text())) == 40
 
 
+def test_reader_that_has_seen_enough(live: Server, folder: Path) -> None:
+    """A closed pipe behind the command (`| head -0`) ends it without a word."""
+    command = [sys.executable, "-m", "app.client.command", live.url, str(folder)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    heard = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(30) == 141
+    assert b"ipe" not in heard
+
+
 def test_busy_server(tmp_path: Path) -> None:
     """A server that answers 429 is asked again, not before its Retry-After."""
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")

@@ -1,5 +1,6 @@
 """Promise 13: who may come in, what every answer carries, what nobody ever reads in the log."""
 
+import json
 import secrets
 import time
 from pathlib import Path
@@ -20,6 +21,19 @@ def keys(tmp_path: Path) -> Path:
     path = tmp_path / "keys"
     path.write_text(f"# the first one\n{OLD}\n")
     return path
+
+
+def test_document_names_the_key_where_one_is_wanted(fake: Start, keys: Path) -> None:
+    """With keys the OpenAPI document shows both ways to send one, without keys none."""
+    for settings in ({"api_keys_file": keys}, {}):
+        with fake(**settings) as server:
+            document = json.loads(one(server.url, get("/openapi.json")).body)
+            schemes = document["components"].get("securitySchemes", {})
+            assert {scheme["type"] for scheme in schemes.values()} == (
+                {"http", "apiKey"} if settings else set()
+            )
+            assert ("security" in document["paths"]["/classify"]["post"]) is bool(settings)
+            assert "security" not in document["paths"]["/livez"]["get"]
 
 
 def test_keys(fake: Start, keys: Path) -> None:
