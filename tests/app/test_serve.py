@@ -19,7 +19,7 @@ from tests.processes import ROOT, run_serve, serving
 def refusal(*arguments: str, **settings: str) -> str:
     """Return the one line with which start-up stops."""
     result = run_serve(*arguments, **settings)
-    lines = [line for line in result.stderr.splitlines() if '"level": "warning"' not in line]
+    lines = [line for line in result.stderr.splitlines() if '"level":"warning"' not in line]
     assert result.returncode != 0
     assert result.stdout == ""
     assert len(lines) == 1, result.stderr

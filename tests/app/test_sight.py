@@ -148,7 +148,7 @@ class TestRequestId:
             connection.sendall(b"NONSENSE\r\n\r\n")
             answer = connection.makefile("rb").read().decode()
         assert answer.startswith("HTTP/1.1 400")
-        [request_id] = re.findall(r"X-Request-ID: ([0-9a-f]{32})\r\n", answer)
+        [request_id] = re.findall(r"x-request-id: ([0-9a-f]{32})\r\n", answer)
         assert log_lines(live, request_id)[0]["status"] == 400
         text = httpx2.get(f"{live.url}/metrics").text
         assert 'mixer_requests_total{outcome="bad-request",route="unparsed",status="400"}' in text
