@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 PATH = "/classify"
 # A number that needs no checking but against the model's classes.
 _TARGET = re.compile(rb"/classify(?:\?top_k=([1-9][0-9]{0,5}))?")
-# Each changes how a request is read or answered, by rules that the framework's way knows.
 _JSON = JSON.encode("ascii")
+# Each changes how a request is read or answered, by rules that the framework's way knows.
 _UNUSUAL = frozenset({b"expect", b"origin", b"upgrade"})
 _TIMEOUT = TIMEOUT_HEADER.encode("ascii")
 
@@ -54,7 +54,9 @@ def express(
     if found is None:
         return None
     fields = dict(reversed(headers))  # the first of a name counts, as in Starlette
-    if not _UNUSUAL.isdisjoint(fields) or fields.get(b"content-type", b"").startswith(_JSON):
+    if not _UNUSUAL.isdisjoint(fields):
+        return None
+    if fields.get(b"content-type", b"").lower().startswith(_JSON):
         return None
     if app.state.keys is not None and not app.state.keys.allow(Headers(raw=headers)):
         return None
@@ -66,7 +68,7 @@ class Express:
     """One request, in the place of uvicorn's RequestResponseCycle.
 
     The protocol feeds it: `begin`, then `feed` for each piece of the body, then `complete`; and
-    `hang_up`, `time_out` or `cancel` whenever it may be. Each of them may answer.
+    `hang_up`, `fail` or `cancel` whenever it may be. Each of them may answer.
     """
 
     # What uvicorn sets for a task that waits for the body; none does here.
@@ -145,7 +147,9 @@ class Express:
         service.admission.enter()
         self._is_in = True
         settings = service.settings
-        self._deadline = deadline_after(self._field(_TIMEOUT) or None, settings)
+        self._deadline = deadline_after(
+            self._field(_TIMEOUT) if _TIMEOUT in self._fields else None, settings
+        )
         self._top_k = checked_top_k(self._asked, service.classifier)
         self._reader = image_reader(self._field(b"content-type"), settings.queue_size)
         declared = self._fields.get(b"content-length", b"")

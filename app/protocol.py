@@ -123,7 +123,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
         What an early answer has left unread is thrown away here, up to the size of an upload.
         """
-        # A body of one-byte chunks comes here a million times: uvicorn's own few lines, not a call.
+        # A body of one-byte chunks comes here a million times: as few calls as may be.
         self._body_bytes += len(body)
         cycle = self.cycle
         if isinstance(cycle, Express) and not cycle.response_complete:
@@ -229,7 +229,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._start_clock(self.settings.body_timeout_s)
         elif self._in_headers and (self.cycle is None or self.cycle.response_complete):
             self._refuse(408, "Request timeout", "The headers did not arrive in time.")
-        elif isinstance(self.cycle, Express):
+        elif isinstance(self.cycle, Express) and not self.cycle.response_complete:
             self.cycle.fail(BodyTimeout(self.settings.body_timeout_s))
         else:
             self.transport.close()

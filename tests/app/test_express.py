@@ -83,7 +83,9 @@ def test_which_requests_take_it(
         ("", IMAGE, {"Connection": "close"}, 200),
         ("top_k=9", IMAGE, {}, 422),
         ("", IMAGE, {"X-Request-Timeout-Ms": "soon"}, 422),
+        ("", IMAGE, {"X-Request-Timeout-Ms": ""}, 422),
         ("", b"", {}, 400),
+        ("", b"{", {"Content-Type": "Application/JSON"}, 400),
         ("", b"not an image", {}, 415),
         ("", IMAGE, {"Content-Type": "text/plain"}, 415),
         ("", IMAGE[:45], {}, 422),
@@ -144,6 +146,19 @@ def test_order_of_a_pipeline(server: Server) -> None:
     assert statuses == [b"200", b"200", b"415", b"200", b"200"]
     places = [heard.index(b"x-request-id: %d\r\n" % number) for number in (0, 1, 2, 4)]
     assert places == sorted(places)
+
+
+def test_refused_body_that_trickles_is_cut_off(tmp_path: Path) -> None:
+    """After an early answer the rest of the body has the body's deadline, no longer."""
+    with (
+        serving(tmp_path / "log", "--body-timeout-s", "0.5") as running,
+        dial(running.url) as client,
+    ):
+        head = post(b"", "/classify", Content_Type="text/plain").replace(b": 0", b": 1000")
+        client.sendall(head)
+        assert read_answer(client).startswith(b"HTTP/1.1 415")
+        client.settimeout(5)
+        assert client.recv(1) == b""
 
 
 def test_a_bug_is_a_500(server: Server) -> None:
