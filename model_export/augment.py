@@ -40,7 +40,7 @@ def _shift(pixels: Tensor, reach: int, mirrored: np.ndarray, rng: np.random.Gene
     steps = np.arange(side) + rng.integers(-reach, reach + 1, (2, batch, 1))  # [2, batch, side]
     rows, columns = np.abs((steps + side - 1) % period - (side - 1))  # [batch, side] each
     columns = np.where(mirrored[:, None], columns[:, ::-1], columns)
-    index = torch.from_numpy(np.stack([rows, columns])).to(pixels.device)
+    index = put(np.stack([rows, columns]), pixels.device)
     which = torch.arange(batch, device=pixels.device)[:, None, None]
     moved = pixels[which, index[0][:, :, None], index[1][:, None, :]]  # [batch, side, side, 3]
     return moved.permute(0, 3, 1, 2).float()
@@ -64,7 +64,7 @@ def _resized_crop(
 
 def sample(images: Tensor, theta: np.ndarray, side: int, padding: str) -> Tensor:
     """Sample float [batch, 3, H, W] bilinearly through affine maps [batch, 2, 3]."""
-    maps = torch.from_numpy(theta).to(images.device, images.dtype)
+    maps = put(theta, images.device, images.dtype)
     grid = functional.affine_grid(maps, [len(images), 3, side, side], align_corners=False)
     return functional.grid_sample(images, grid, padding_mode=padding, align_corners=False)
 
@@ -84,19 +84,19 @@ def mix(
         rng: this step's generator.
     """
     batch, side = len(images), images.shape[-1]
-    other = torch.from_numpy(rng.permutation(batch)).to(images.device)
+    other = put(rng.permutation(batch), images.device)
     keep = rng.beta(recipe.mixup, recipe.mixup, batch) if recipe.mixup else np.ones(batch)
-    weight = _to(images, keep)[:, None, None].expand(-1, side, side)  # [batch, H, H]
+    weight = put(keep, images.device, images.dtype)[:, None, None].expand(-1, side, side)
     cut = rng.random(batch) < recipe.cutmix
     edge = np.sqrt(rng.random(batch))  # of the rectangle, as a share of the image's
     box = np.stack([rng.random((2, batch)) - edge / 2, np.zeros((2, batch))])
     box[1] = box[0] + edge
     corners = np.clip(box * side, 0, side).round()  # [first and last, row and column, batch]
     place = torch.arange(side, device=images.device)
-    first, last = _to(images, corners[0])[..., None], _to(images, corners[1])[..., None]
+    first, last = put(corners, images.device, images.dtype)[..., None]  # [2, batch, 1] each
     inside = (place >= first) & (place < last)  # [row and column, batch, H]
     pasted = inside[0][:, :, None] & inside[1][:, None, :]  # [batch, H, H]
-    is_cut = torch.from_numpy(cut).to(images.device)[:, None, None]
+    is_cut = put(cut, images.device)[:, None, None]
     weight = torch.where(is_cut, 1 - pasted.to(images.dtype), weight)  # share of the own image
     share = weight.mean(dim=(1, 2))[:, None]  # [batch, 1]
     weight = weight[:, None]  # [batch, 1, H, H]
@@ -113,12 +113,16 @@ def to_patches(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Normalise and cut float [batch, 3, H, H], 0 to 255, into patches float [batch, S, P·P·3]."""
     batch, side = len(images), images.shape[-1]
     patch = preprocessing.patch_size
-    mean = images.new_tensor(preprocessing.mean)[:, None, None]
-    std = images.new_tensor(preprocessing.std)[:, None, None]
+    mean = put(np.array(preprocessing.mean), images.device, images.dtype)[:, None, None]
+    std = put(np.array(preprocessing.std), images.device, images.dtype)[:, None, None]
     grid = side // patch
     cut = ((images / 255 - mean) / std).reshape(batch, 3, grid, patch, grid, patch)
     return cut.permute(0, 2, 4, 3, 5, 1).reshape(batch, grid * grid, -1)  # [batch, S, P·P·3]
 
 
-def _to(images: Tensor, values: np.ndarray) -> Tensor:
-    return torch.from_numpy(values).to(images.device, images.dtype)
+def put(values: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Copy an array to `device` without waiting for what a GPU still has to do.
+
+    CUDA takes a copy of pageable memory before it returns, so that `values` may go at once.
+    """
+    return torch.from_numpy(values).to(device=device, dtype=dtype, non_blocking=True)

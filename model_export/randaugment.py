@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model_export.augment import sample
+from model_export.augment import put, sample
 from model_export.recipe import Recipe
 
 _GREY = 128.0  # what comes in from beyond the edge
 _TURN = np.pi / 6  # strongest of each kind: 30 degrees,
 _SHEAR = 0.3  # of the image's side
 _MOVE = 0.45  # of the image's side: TensorFlow's 100 of 224 pixels
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow converts to grey
+_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow converts to grey
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]])  # Pillow's ImageFilter.SMOOTH
 
 
 def randaugment(images: Tensor, recipe: Recipe, rng: np.random.Generator) -> Tensor:
@@ -33,8 +34,8 @@ def randaugment(images: Tensor, recipe: Recipe, rng: np.random.Generator) -> Ten
         for kind, change in enumerate(COLORS, 1 + len(GEOMETRIC)):
             chosen = np.flatnonzero(kinds == kind)
             if len(chosen):
-                where = torch.from_numpy(chosen).to(images.device)
-                levels = torch.from_numpy(strengths[chosen]).to(images.device, images.dtype)
+                where = put(chosen, images.device)
+                levels = put(strengths[chosen], images.device, images.dtype)
                 images[where] = change(images[where], levels[:, None, None, None])
     return images
 
@@ -47,7 +48,7 @@ def _geometric(images: Tensor, kinds: np.ndarray, strengths: np.ndarray) -> Tens
     theta = np.stack(
         [GEOMETRIC[kinds[i] - 1](strengths[i]) for i in chosen]  # [n, 2, 3]
     )
-    where = torch.from_numpy(chosen).to(images.device)
+    where = put(chosen, images.device)
     moved = sample(images[where] - _GREY, theta, images.shape[-1], "zeros") + _GREY
     return images.index_copy(0, where, moved)
 
@@ -91,7 +92,8 @@ def color(images: Tensor, s: Tensor) -> Tensor:
 
 def sharpness(images: Tensor, s: Tensor) -> Tensor:
     """Blend with the smoothed image (3 by 3, centre 5 of 13) by 1 + 0.9·s; edges stay."""
-    kernel = images.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]]).expand(3, 1, 3, 3) / 13
+    weights = put(_SMOOTH / _SMOOTH.sum(), images.device, images.dtype)
+    kernel = weights.expand(3, 1, 3, 3)
     smooth = images.clone()
     smooth[:, :, 1:-1, 1:-1] = functional.conv2d(images, kernel, groups=3)
     return _blend(smooth, images, s)
@@ -130,7 +132,7 @@ def equalize(images: Tensor, _: Tensor) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
-    luma = images.new_tensor(_LUMA)[:, None, None]
+    luma = put(_LUMA, images.device, images.dtype)[:, None, None]
     return (images * luma).sum(dim=1, keepdim=True).round()  # [n, 1, H, H]
 
 

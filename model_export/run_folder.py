@@ -29,7 +29,7 @@ from model_export.errors import ExportError
 from model_export.mixer import Mixer
 
 STATE = "state.pt"
-_FORMAT = 1
+_FORMAT = 2
 
 
 class RunFolder:

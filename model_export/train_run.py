@@ -20,9 +20,11 @@ from model_export.decoded import Pictures, Skipped
 from model_export.errors import ExportError
 from model_export.recipe import Recipe
 from model_export.run_folder import RunFolder
-from model_export.trainer import Trainer, multiplies_bfloat16
+from model_export.trainer import Trainer
+from model_export.update import multiplies_bfloat16
 
 _DRAW_SECONDS = 60  # curves take about a second to draw, short epochs less than that to train
+_SHOW_SECONDS = 0.5  # reading the loss makes a GPU and this thread wait for each other
 _SHOWN = 10  # skipped files named on the screen; all of them are in skipped.txt
 
 
@@ -75,7 +77,7 @@ def train(request: Request) -> int | None:
         "val_split": request.val_split or (state or {}).get("val_split"),
         "threads": request.threads,
         "compile": request.compile,
-        "bfloat16": trainer.bfloat16,
+        "bfloat16": trainer.update.bfloat16,
     }
     about = train_report.About(
         request.data.name, listing.classes, len(pictures[0]), len(pictures[1]), pictures[2]
@@ -87,6 +89,7 @@ def _loop(
     trainer: Trainer, folder: RunFolder, facts: dict[str, Any], about: train_report.About
 ) -> int | None:
     drawn = time.monotonic()
+    shown = 0.0
 
     def save() -> None:
         folder.write_model(trainer.average, trainer.preprocessing, about.classes)
@@ -96,13 +99,11 @@ def _loop(
     with _signals() as caught, _bar(trainer) as bar:
         while trainer.step < trainer.steps:
             trainer.take_step()
-            running = trainer.running
             bar.update(trainer.batch)
-            bar.set_postfix_str(
-                f"loss {running.loss / running.images:.3f}, "
-                f"accuracy {running.correct / running.images:.1%}",
-                refresh=False,
-            )
+            if not bar.disable and time.monotonic() - shown > _SHOW_SECONDS:
+                loss, accuracy = trainer.running.means()
+                bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}", refresh=False)
+                shown = time.monotonic()
             if trainer.step % trainer.epoch_steps == 0:
                 trainer.finish_epoch()
                 bar.set_description_str(f"epoch {trainer.epoch + 1}/{trainer.recipe.epochs}")

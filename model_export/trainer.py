@@ -14,19 +14,22 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from app.model_card import Preprocessing
-from model_export import augment, optimizer
-from model_export.decoded import Pictures
+from model_export import augment
+from model_export.decoded import MEMORY_BYTES, Pictures
 from model_export.mixer import Mixer
 from model_export.randaugment import randaugment
 from model_export.recipe import Recipe
-from model_export.train_model import TrainingLoss, compiled
+from model_export.update import Update
 
 _ORDER, _STEP = 0, 1  # two independent streams of random numbers
-_EVALUATION_BATCH = 256  # no gradients are kept, so a large one fits
+# Tokens in one batch of the evaluation: no gradients are kept, so a large one fits, and a GPU is
+# kept busy only by a large one. H/14 takes 5 GiB for as many.
+_EVALUATION_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 18}
 
 
 @dataclass
@@ -34,9 +37,15 @@ class Running:
     """Sums over the epoch in progress."""
 
     images: int = 0
-    loss: float = 0.0
-    correct: float = 0.0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
     seconds: float = 0.0
+
+    def means(self) -> tuple[float, float]:
+        """Return loss and accuracy so far; on a GPU this waits for all steps given to it."""
+        start = time.perf_counter()
+        loss, correct = self.sums.tolist()
+        self.seconds += time.perf_counter() - start
+        return loss / max(1, self.images), correct / max(1, self.images)
 
 
 @dataclass(frozen=True)
@@ -70,15 +79,16 @@ class Trainer:
     def __post_init__(self) -> None:
         self.model.to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(requires_grad=False)
-        self.optimizers = optimizer.build(self.model, self.recipe)
-        loss = TrainingLoss(self.model)
-        self.loss: nn.Module = compiled(loss) if self.compile else loss
+        self.update = Update(self.model, self.recipe, self.device, compiles=self.compile)
         self.batch = min(self.recipe.batch_size, len(self.train))
         self.epoch_steps = len(self.train) // self.batch
         self.steps = self.epoch_steps * self.recipe.epochs
         self.classes = self.model.config.classes
-        self.bfloat16 = multiplies_bfloat16(self.device)
         self._order = (-1, np.empty(0, np.int64))
+        self._pixels: Tensor | None = None
+        if self.device.type == "cuda" and self.train.pixels.nbytes <= MEMORY_BYTES:
+            self._pixels = augment.put(self.train.pixels, self.device)  # uint8 [n, H, H, 3]
+        self.running = self._nothing()
 
     @property
     def epoch(self) -> int:
@@ -91,41 +101,32 @@ class Trainer:
         rng = np.random.default_rng([self.recipe.seed, _STEP, self.step])
         patches, targets, labels = self._batch(rng)
         kept = self._kept(rng)
-        for one in self.optimizers:
-            for group in one.param_groups:
-                group["lr"] = self.learning_rate()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            loss, logits = self.loss(patches, targets, kept)
-        loss.backward()
-        if self.recipe.clip_norm:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
-        for one in self.optimizers:
-            one.step()
-            one.zero_grad(set_to_none=True)
+        loss, logits = self.update.take(patches, targets, kept, self.learning_rate())
         self._follow()
         self.step += 1
         self.running.images += len(labels)
-        self.running.loss += float(loss.detach()) * len(labels)
-        self.running.correct += float((logits.argmax(dim=1) == labels).sum())
+        correct = (logits.argmax(dim=1) == labels).sum()
+        self.running.sums += torch.stack([loss.double() * len(labels), correct.double()])
         self.running.seconds += time.perf_counter() - start
 
     def finish_epoch(self) -> None:
         """Measure the averaged weights and append the epoch to the history."""
-        measured = self.measure()
         running = self.running
+        loss, accuracy = running.means()
+        measured = self.measure()
         self.history.append(
             {
                 "epoch": self.epoch,
                 "learning_rate": self.learning_rate(),
-                "train_loss": running.loss / running.images,
-                "train_accuracy": running.correct / running.images,
+                "train_loss": loss,
+                "train_accuracy": accuracy,
                 "test_loss": measured.loss,
                 "test_accuracy": measured.accuracy,
                 "images_per_second": running.images / running.seconds,
                 "seconds": running.seconds,
             }
         )
-        self.running = Running()
+        self.running = self._nothing()
 
     def learning_rate(self) -> float:
         """Return this step's: a linear warm-up, then a cosine or a line down to the lowest."""
@@ -145,8 +146,9 @@ class Trainer:
         confusion = np.zeros((self.classes, self.classes), np.int64)
         total = 0.0
         model = self.average.eval()
-        for start in range(0, len(self.test), _EVALUATION_BATCH):
-            part = slice(start, start + _EVALUATION_BATCH)
+        batch = max(1, _EVALUATION_TOKENS[self.device.type] // self.preprocessing.tokens)
+        for start in range(0, len(self.test), batch):
+            part = slice(start, start + batch)
             pixels = torch.from_numpy(self.test.pixels[part]).to(self.device)
             patches = augment.to_patches(pixels.permute(0, 3, 1, 2).float(), self.preprocessing)
             labels = torch.from_numpy(self.test.labels[part]).to(self.device)
@@ -163,18 +165,18 @@ class Trainer:
             "history": self.history,
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
-            "optimizers": [one.state_dict() for one in self.optimizers],
+            "optimizers": self.update.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
         self.step = state["step"]
         self.running = Running(**state["running"])
+        self.running.sums = self.running.sums.to(self.device)
         self.history = state["history"]
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
-        for one, kept in zip(self.optimizers, state["optimizers"], strict=True):
-            one.load_state_dict(kept)
+        self.update.restore(state["optimizers"])
 
     def _batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Return patches float [b, S, P·P·3], soft targets [b, classes] and labels int64 [b]."""
@@ -183,8 +185,11 @@ class Trainer:
             order = np.random.default_rng([self.recipe.seed, _ORDER, epoch])
             self._order = (epoch, order.permutation(len(self.train)))
         rows = self._order[1][place * self.batch : (place + 1) * self.batch]
-        pixels = torch.from_numpy(self.train.pixels[rows]).to(self.device)  # [b, H, H, 3]
-        labels = torch.from_numpy(self.train.labels[rows]).to(self.device)
+        if self._pixels is None:
+            pixels = augment.put(self.train.pixels[rows], self.device)  # [b, H, H, 3]
+        else:
+            pixels = self._pixels[augment.put(rows, self.device)]
+        labels = augment.put(self.train.labels[rows], self.device)
         images = augment.crop(pixels, self.preprocessing.image_size, self.recipe, rng)
         images = randaugment(images, self.recipe, rng)
         targets = augment.soft_targets(labels, self.classes, self.recipe.label_smoothing)
@@ -196,22 +201,14 @@ class Trainer:
         blocks = self.model.config.blocks
         chance = np.linspace(0, self.recipe.stochastic_depth, blocks)[:, None]  # [blocks, 1]
         kept = (rng.random((blocks, self.batch)) >= chance) / (1 - chance)
-        return torch.from_numpy(kept.astype(np.float32)).to(self.device)
+        return augment.put(kept.astype(np.float32), self.device)
 
-    @torch.no_grad()
     def _follow(self) -> None:
         """Move the averaged weights towards the model's; early on they follow quickly."""
         decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
-        for kept, now in zip(self.average.parameters(), self.model.parameters(), strict=True):
-            kept.lerp_(now, 1 - decay)
+        follow = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch has no types
+        follow(list(self.average.parameters()), list(self.model.parameters()), 0)
 
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Tell whether `device` has instructions for bfloat16: elsewhere it is slower than float32.
-
-    On a CPU with them (AVX-512 BF16, AMX) matrix products run 2 to 3.7 times as fast.
-    """
-    if device.type == "cuda":
-        return True
-    can = torch.cpu.get_capabilities()
-    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+    def _nothing(self) -> Running:
+        """Return sums of nothing yet, where the steps can add to them without waiting."""
+        return Running(sums=torch.zeros(2, dtype=torch.float64, device=self.device))

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from model_export import optimizer
+from model_export.muon import MOMENTUM, Muon
 from model_export.recipe import Recipe
 from model_export.train_model import TrainingLoss, build
-from model_export.trainer import multiplies_bfloat16
+from model_export.update import multiplies_bfloat16
 
+CPU = torch.device("cpu")
 SMALL = {
     "image_size": 16,
     "patch": 4,
@@ -23,7 +25,7 @@ def test_every_weight_moves_once_and_the_loss_falls(name: str) -> None:
     """Each optimizer owns each weight exactly once, and a few steps on one batch lower its loss."""
     rules = Recipe.model_validate(SMALL | {"optimizer": name, "lr": 1e-2})
     model, _ = build(rules, 3)
-    optimizers = optimizer.build(model, rules)
+    optimizers = optimizer.build(model, rules, CPU)
     owned = [p for one in optimizers for group in one.param_groups for p in group["params"]]
     assert sorted(map(id, owned)) == sorted(map(id, model.parameters()))
     patches = torch.randn(6, 16, 48, generator=torch.Generator().manual_seed(0))
@@ -44,7 +46,7 @@ def test_norms_and_biases_do_not_decay() -> None:
     for name in ("adam", "adamw", "muon"):
         rules = Recipe.model_validate(SMALL | {"optimizer": name})
         model, _ = build(rules, 3)
-        for one in optimizer.build(model, rules):
+        for one in optimizer.build(model, rules, CPU):
             for group in one.param_groups:
                 matrices = {p.dim() > 1 for p in group["params"]}
                 assert matrices in ({group["weight_decay"] > 0}, set())
@@ -61,9 +63,29 @@ def test_steps_of_muon_are_orthogonal() -> None:
     before = weight.detach().clone()
     scale = torch.logspace(0, -1, weight.shape[1])
     weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * scale
-    optimizer.build(model, rules)[0].step()
+    optimizer.build(model, rules, CPU)[0].step()
     moved = torch.linalg.svdvals((weight - before).detach())
     assert moved.max() / moved.min() < 3
+
+
+def test_muon_takes_the_steps_of_torch() -> None:
+    """Matrices taken together move as torch.optim.Muon moves each, up to bfloat16's digits."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(12, 20), (20, 12), (12, 20), (8, 8)]
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    theirs = [torch.nn.Parameter(matrix.detach().clone()) for matrix in ours]
+    mine: torch.optim.Optimizer = Muon(ours, 0.02, 0.1)
+    library: torch.optim.Optimizer = torch.optim.Muon(
+        theirs, lr=0.02, weight_decay=0.1, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"
+    )
+    for _ in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        mine.step()
+        library.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
 
 
 def test_bfloat16_where_there_are_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
