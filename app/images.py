@@ -1,6 +1,6 @@
 """From the bytes of an upload to patches: header check, decode, EXIF turn, resize, crop, patchify.
 
-Pure functions without I/O; they run in the decode threads, where Pillow releases the GIL.
+Pure functions without I/O; the service runs them in decoders, processes of their own.
 """
 
 from collections.abc import Iterator
