@@ -48,8 +48,8 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel takes care of those that end
-    # Pillow warns of odd metadata in an upload; that is the client's matter, not the log's.
-    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+    # Pillow warns of odd metadata and large pictures; that is the client's matter, not the log's.
+    warnings.filterwarnings("ignore", module="PIL")
     gc.freeze()  # what is loaded stays shared
     while True:
         _, sockets, _, _ = socket.recv_fds(control, 1, 1)
