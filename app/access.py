@@ -13,8 +13,8 @@ from starlette.datastructures import Headers
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import problem_response
 from app.metrics import Metrics
+from app.routes.problems import problem_response
 from app.spans import Spans
 from app.trace import Trace, begin
 

@@ -1,6 +1,6 @@
 """Dynamic batching: dispatch at once when the engine is idle, gather only while it is busy.
 
-One thread owns the queue and the engine. Decode threads put pictures in; the event loop gets the
+One thread owns the queue and the engine. Decoders' threads put pictures in; the event loop gets the
 logits back, once per batch. So an image crosses threads twice (loop to decoder, engine to loop)
 and the engine never waits for the event loop. A fixed gathering window would cost every quiet
 request its whole length, and a busy engine fills its batches by itself.
@@ -45,7 +45,7 @@ class Entry:
 
     upload: bytes  # released with the request: what waits for a thread must not outlive its count
     future: asyncio.Future[NDArray[np.float32] | Exception]  # logits [classes]
-    picture: Picture = field(init=False)  # set by the decode thread
+    picture: Picture = field(init=False)  # set when it is decoded
     request_id: str = ""
     is_spare: bool = False  # runs only while nothing else waits
     # Seconds of time.perf_counter(), each set where it happens.

@@ -1,4 +1,4 @@
-"""The way of an image after its upload: decoded in a bounded pool of threads, batched, inferred."""
+"""The way of an image after its upload: decoded in one of a few processes, batched, inferred."""
 
 import asyncio
 import time
@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from app.admission import Admission
 from app.batcher import FAILURES_UNTIL_NOT_LIVE, FAILURES_UNTIL_NOT_READY, Batcher, Entry
 from app.cpus import give_way
+from app.decoder import Task
+from app.decoders import Decoders
 from app.engine import Engine
 from app.errors import DeadlineExceeded, Problem
-from app.images import Picture, decode
+from app.images import Picture
 from app.latency import LatencyTable
 from app.metrics import Metrics
 from app.settings import Settings
@@ -33,7 +35,7 @@ class Classified:
 
 
 class Classifier:
-    """Takes uploads from the event loop through decode threads and batcher, and back."""
+    """Takes uploads from the event loop through decoders and batcher, and back."""
 
     def __init__(
         self,
@@ -45,12 +47,14 @@ class Classifier:
     ) -> None:
         self.card = engine.card
         self.provider = engine.provider
-        self._max_pixels = settings.max_pixels
         self._latency = latency
         self._admission = admission
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
-        self._decoders = ThreadPoolExecutor(
+        task = Task(preprocessing=engine.card.preprocessing, max_pixels=settings.max_pixels)
+        self._decoders = Decoders(settings.decode_threads, task)
+        # Each of them waits for a decoder; none does any work to speak of.
+        self._threads = ThreadPoolExecutor(
             settings.decode_threads, "mixer-decode", initializer=give_way
         )
         self._batcher = Batcher(engine, settings.max_batch, latency, metrics)
@@ -92,7 +96,7 @@ class Classifier:
     def submit(self, upload: bytes, request_id: str) -> Entry:
         """Send one admitted upload on its way; `collect` it when its future is done."""
         entry = Entry(upload, self._loop.create_future(), request_id=request_id)
-        self._decoders.submit(self._decode, entry)
+        self._threads.submit(self._decode, entry)
         return entry
 
     def collect(
@@ -130,22 +134,23 @@ class Classifier:
         return [result for result in results if not isinstance(result, Exception)]
 
     async def in_decoder(self, work: Callable[[], Answer]) -> Answer:
-        """Run `work` on pixels in a decode thread."""
-        return await self._loop.run_in_executor(self._decoders, work)
+        """Run `work` in one of the threads that wait for decoders."""
+        return await self._loop.run_in_executor(self._threads, work)
 
     async def close(self) -> None:
         """Answer what was admitted, then end the threads."""
-        await asyncio.to_thread(self._decoders.shutdown)
+        await asyncio.to_thread(self._threads.shutdown)
+        self._decoders.close()
         await asyncio.to_thread(self._batcher.close)
 
     def _decode(self, entry: Entry) -> None:
-        """Decode and queue one upload; runs in a decode thread."""
+        """Have one upload decoded, and queue it; runs in a thread that waits for decoders."""
         upload = entry.upload
         if not entry.is_alive():
             return
         entry.decoding = time.perf_counter()
         try:
-            entry.picture = decode(upload, self.card.preprocessing, self._max_pixels)
+            entry.picture = self._decoders.decode(upload)
         except Problem as problem:
             # Its traceback would hold the upload, in a cycle, until the garbage collector comes.
             problem.__traceback__ = problem.__cause__ = problem.__context__ = None

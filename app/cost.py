@@ -11,13 +11,12 @@ from app.errors import CorruptImage, TooManyPixels
 # libjpeg goes over the whole picture once per scan, about 1.5 ns a pixel. Encoders write one scan,
 # or 3 to 12 progressive ones.
 MAX_SCAN_PIXELS = 600_000_000
-# Pillow decodes run-length coded BMPs in Python, 0.1 to 0.2 µs a pixel with the GIL held.
+# Pillow decodes run-length coded BMPs in Python, 0.1 to 0.2 µs a pixel.
 MAX_RLE_PIXELS = 4_000_000
-# It copies a WebP's pixels with the GIL held, some 2.3 ns a pixel, and takes 40 ns to decode one: a
-# larger picture would stop the event loop, and with it /livez, for too long.
+# It takes 40 ns to decode a pixel of a WebP, several times as long as of any other format.
 MAX_WEBP_PIXELS = 16_000_000
 # Its parsers walk segments, chunks and blocks in Python, each with a few reads of the file, 1 µs a
-# read, the GIL held. A 20 MiB PNG in chunks of 8 KiB, libpng's own size, takes 8,000.
+# read. A 20 MiB PNG in chunks of 8 KiB, libpng's own size, takes 8,000.
 MAX_READS = 100_000
 # A marker that begins a segment: neither a stuffed zero, nor fill, nor a restart inside coded data,
 # nor a reserved one, which libjpeg passes over in coded data.

@@ -24,10 +24,7 @@ The class says what the client may know (`detail`); what only the operator may k
 """
 
 from collections.abc import Mapping
-from http import HTTPStatus
 from typing import Any, ClassVar
-
-from fastapi.responses import JSONResponse
 
 PROBLEM_JSON = b"application/problem+json"
 
@@ -207,22 +204,3 @@ def problem_body(status: int, title: str, detail: str) -> dict[str, Any]:
         "status": status,
         "detail": detail,
     }
-
-
-def problem_response(
-    status: int,
-    detail: str,
-    title: str | None = None,
-    headers: Mapping[str, str] | None = None,
-    extra: Mapping[str, str] | None = None,
-) -> JSONResponse:
-    """Return the `application/problem+json` answer; the title defaults to the status phrase.
-
-    `extra` are members besides RFC 9457's own.
-    """
-    return JSONResponse(
-        {**problem_body(status, title or HTTPStatus(status).phrase, detail), **(extra or {})},
-        status_code=status,
-        headers=dict(headers or {}),
-        media_type=PROBLEM_JSON.decode(),
-    )

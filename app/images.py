@@ -1,6 +1,6 @@
 """From the bytes of an upload to patches: header check, decode, EXIF turn, resize, crop, patchify.
 
-Pure functions without I/O; they run in the decode threads, where Pillow releases the GIL.
+Pure functions without I/O; the service runs them in decoders, processes of their own.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from app.cost import Upload, check_cost, check_webp_canvas
-from app.errors import CorruptImage, Problem, UnsupportedFormat
+from app.errors import CorruptImage, Problem, TooManyPixels, UnsupportedFormat
 from app.model_card import Preprocessing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -30,9 +30,6 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = (5, 6, 7, 8)
-# Pillow only warns between its limit and twice it. Our own check, from the header and again after
-# decoding, is stricter and has a setting.
-Image.MAX_IMAGE_PIXELS = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +91,10 @@ def decode(
         TooManyPixels: the header declares more than `max_pixels`; nothing was decoded.
         CorruptImage: the header or the content cannot be decoded, or costs too much to decode.
     """
-    with _pillow_errors_as_problems(data):
+    # Pillow's own limit tells less than check_cost does; but what a GIF's first frame leaves behind
+    # is allocated as the file is opened, and a frame may be larger than the header says.
+    Image.MAX_IMAGE_PIXELS = max_pixels if data.startswith(b"GIF") else None
+    with _pillow_errors_as_problems(data, max_pixels):
         check_webp_canvas(data, max_pixels)
         image = Image.open(Upload(data), formats=FORMATS)
         check_cost(image, data, max_pixels)  # before draft(), which rewrites the size
@@ -184,11 +184,15 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _pillow_errors_as_problems(data: bytes) -> Iterator[None]:
+def _pillow_errors_as_problems(data: bytes, max_pixels: int) -> Iterator[None]:
     try:
         yield
     except Problem:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise TooManyPixels(
+            f"The image has more than the {max_pixels} pixels taken here."
+        ) from error
     except UnidentifiedImageError as error:
         if data.startswith(_SIGNATURES) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
             raise CorruptImage("The image's header cannot be read.") from error

@@ -23,7 +23,7 @@ SURPRISE = 4.0
 class LatencyTable:
     """Seconds per batch size and per decoded image; written by the threads, read by the loop.
 
-    Values are replaced whole, and a measurement lost between two decode threads does not matter,
+    Values are replaced whole, and a measurement lost between two threads does not matter,
     so there is nothing to lock.
     """
 

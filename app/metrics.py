@@ -56,7 +56,7 @@ class Metrics:
         self._decode_s = self._histogram("decode_seconds", "From bytes to patches", _SECONDS)
         self._queue_s = self._histogram(
             "queue_seconds",
-            "Waiting of an image: for a decode thread, then for the engine",
+            "Waiting of an image: for a decoder, then for the engine",
             _SECONDS,
         )
         self._batch_s = self._histogram("batch_seconds", "Forming a batch, engine idle", _SECONDS)

@@ -32,7 +32,7 @@ def best(
     """Return the `top_k` labels of the highest scores, best first; ties by the lower index."""
     scores = _scores(logits, function)
     # Not by numpy's argsort: it lets go of the GIL for even ten numbers, and the event loop then
-    # waits its turn behind the decode threads.
+    # waits its turn behind the other threads.
     values: list[float] = scores.tolist()
     order = nlargest(top_k, range(len(values)), key=values.__getitem__)
     return [Prediction(label=labels[index], index=index, score=values[index]) for index in order]

@@ -12,7 +12,6 @@ import socket
 import struct
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
@@ -23,6 +22,7 @@ from fastapi import FastAPI
 from app import tune
 from app.cpus import give_way
 from app.cuda import GpuOptions
+from app.decoders import nursery
 from app.engine import OnnxEngine
 from app.errors import StartupError
 from app.logs import configure
@@ -55,9 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.setswitchinterval(0.001)
         # It tells of every malformed form, and at debug of what is in it.
         logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
-        # Pillow warns of odd metadata in an upload; that is the client's matter, not the log's.
-        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
         listener = _bind(settings)
+        nursery()  # it loads what decoders need while the model is loaded here
         _allow_descriptors(settings)
         engine = _open(settings)
         app = create_app(settings, engine)

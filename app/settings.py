@@ -61,7 +61,7 @@ class Settings(BaseModel):
         default_factory=available_cpus,
         ge=1,
         le=1024,
-        description="images decoded at once: each holds one picture in memory "
+        description="images decoded at once: each in a process that holds one picture "
         "(default: the CPUs of this container)",
     )
     max_batch: int = Field(

@@ -42,7 +42,7 @@ class Stages(NamedTuple):
 
     @property
     def queue_s(self) -> float:
-        """Seconds of waiting: for a decode thread, then for the engine."""
+        """Seconds of waiting: for a decoder, then for the engine."""
         return self.decoding - self.received + self.inferring - self.decoded
 
     @property

@@ -44,14 +44,22 @@ class Server:
     log: Path
 
     def resident_mib(self) -> float:
-        """Return the physical memory that the process holds, in MiB."""
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        """Return the physical memory that the service's processes hold, in MiB."""
+        pages = sum(int(_read(pid, "statm").split()[1]) for pid in self.pids())
         return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     def peak_mib(self) -> float:
-        """Return the most physical memory that the process has ever held, in MiB."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+        """Return the most physical memory that each of them has ever held, added up, in MiB."""
+        kib = (int(_read(pid, "status").partition("VmHWM:")[2].split()[0]) for pid in self.pids())
+        return sum(kib) / 1024
+
+    def pids(self) -> list[int]:
+        """Return the service's own process and all below it, the decoders."""
+        found = [self.process.pid]
+        for pid in found:  # which grows meanwhile
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                found += [int(child) for child in (thread / "children").read_text().split()]
+        return found
 
     def descriptors(self) -> int:
         """Return how many files and sockets the process has open."""
@@ -62,9 +70,18 @@ class Server:
         return len(list(Path(f"/proc/{self.process.pid}/task").iterdir()))
 
     def cpu_s(self) -> float:
-        """Return the CPU seconds that the process has used."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """Return the CPU seconds that the service's processes have used."""
+        return sum(cpu_s(pid) for pid in self.pids())
+
+
+def cpu_s(pid: int) -> float:
+    """Return the CPU seconds that a process has used."""
+    fields = _read(pid, "stat").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _read(pid: int, file: str) -> str:
+    return Path(f"/proc/{pid}/{file}").read_text()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 
-from app.errors import Problem, kind_of, problem_response
+from app.errors import PROBLEM_JSON, Problem, kind_of, problem_body
 from app.trace import current
 
 
@@ -62,3 +62,22 @@ def _answer(
     # The Open Inference Protocol's clients look for `error`; RFC 9457 allows members of one's own.
     extra = {"error": detail} if scope["path"].startswith("/v2") else {}
     return problem_response(status, detail, title, headers, extra)
+
+
+def problem_response(
+    status: int,
+    detail: str,
+    title: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """Return the `application/problem+json` answer; the title defaults to the status phrase.
+
+    `extra` are members besides RFC 9457's own.
+    """
+    return JSONResponse(
+        {**problem_body(status, title or HTTPStatus(status).phrase, detail), **(extra or {})},
+        status_code=status,
+        headers=dict(headers or {}),
+        media_type=PROBLEM_JSON.decode(),
+    )

@@ -132,7 +132,7 @@ class TestRequestId:
     def test_refusal_and_bug(self, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
         """Refusals at the door and bugs answer with the ID and the security headers."""
         client = serve()
-        monkeypatch.setattr("app.classifier.decode", lambda *_: 1 / 0)
+        monkeypatch.setattr("app.decoders.Decoder.decode", lambda *_: 1 / 0)
         answer = client.post("/classify", content=make_image(), headers={"X-Request-ID": "bug-1"})
         assert answer.status_code == 500
         assert answer.headers["x-request-id"] == "bug-1"

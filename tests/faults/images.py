@@ -66,6 +66,11 @@ def bombs() -> dict[str, bytes]:
     png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
     gif = bytearray(encode(picture.convert("P"), "GIF"))
     gif[6:10] = struct.pack("<HH", HUGE, HUGE)
+    # A frame larger than the picture, to be cleared when it has been shown: Pillow makes the clear
+    # one as it opens the file.
+    frames = bytearray(encode(picture.convert("P"), "GIF", disposal=2))
+    place = frames.index(b"\x2c\0\0\0\0")
+    frames[place + 5 : place + 9] = struct.pack("<HH", HUGE, HUGE)
     jpeg = bytearray(encode(picture, "JPEG"))
     frame = jpeg.index(b"\xff\xc0")
     jpeg[frame + 5 : frame + 9] = struct.pack(">HH", HUGE, HUGE)
@@ -79,6 +84,7 @@ def bombs() -> dict[str, bytes]:
     return {
         "PNG": bytes(png),
         "GIF": bytes(gif),
+        "GIF's frame": bytes(frames),
         "JPEG": bytes(jpeg),
         "BMP": bytes(bmp),
         "WebP": webp,

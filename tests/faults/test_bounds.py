@@ -1,12 +1,14 @@
 """Promise 3: everything that can pile up has a limit, and memory at the limits is their sum.
 
-What the process holds at most, with the default settings and two CPUs (MiB):
+What the processes hold at most, with the default settings and two CPUs (MiB):
 
     the process itself, model included                                        about 120
+    decoders               decode_threads, and the process that forks them           60
+    uploads in decoders    decode_threads × max_upload_bytes                         40
     bodies in flight       max_bytes_in_flight                                      256
     one form's parts and   2 × max_upload_bytes, while they are cut                  40
     connections            max_connections × (socket, parser, 64 KiB of body)       260
-    pictures decoding      decode_threads × max_pixels × 12 bytes                 1,150
+    pictures decoding      decode_threads × (max_pixels × 12 bytes + 32 MiB)      1,210
     decoded pictures       queue_size × 150 kB at 224 px                            150
 """
 
@@ -164,7 +166,7 @@ def encode_form(images: list[bytes]) -> bytes:
 
 @pytest.mark.slow
 def test_memory_of_the_largest_pictures(fake: Start, figure: Figure) -> None:
-    """Pictures of `max_pixels` in all decode threads hold no more than the sum allows them."""
+    """Pictures of `max_pixels` in all decoders hold no more than the sum allows them."""
     threads = 2
     most = threads * 7000 * 7000 * BYTES_PER_PIXEL / 2**20
     patient = {"request_timeout_ms": 120_000, "queue_budget_ms": 60_000}

@@ -1,6 +1,8 @@
 """Promises 5 and 10: what goes wrong goes wrong alone, and a broken engine is replaced."""
 
 import json
+import os
+import signal
 import time
 
 import pytest
@@ -22,6 +24,18 @@ def at_once(url: str, requests: list[bytes]) -> list[Answer]:
         return sorted(load.answers, key=lambda answer: answer.due)
 
     return uvloop.run(run())
+
+
+def test_killed_decoder(fake: Start, figure: Figure) -> None:
+    """When the system kills a decoder, one request at the most gets 500, and the rest 200."""
+    with fake() as server:
+        one(server.url, post(make_image()))
+        main, nursery, *decoders = server.pids()
+        os.kill(decoders[0], signal.SIGKILL)
+        statuses = [one(server.url, post(make_image())).status for _ in range(20)]
+        figure(f"{statuses.count(500)} × 500, {statuses.count(200)} × 200")
+        assert sorted(statuses) == [200] * 19 + [500]
+        assert len(server.pids()) == len([main, nursery, *decoders])
 
 
 def wait_for(url: str, path: str, status: int) -> float:

@@ -1,0 +1,122 @@
+"""A process that decodes: `python -m app.decoder SOCKET`, started by decoders.py.
+
+The first process only loads what decoding needs, and forks one decoder for each socket that it is
+handed. So a decoder starts within milliseconds, and what all of them have loaded is there once.
+"""
+
+import gc
+import os
+import signal
+import socket
+import struct
+import sys
+import traceback
+import warnings
+
+from pydantic import BaseModel
+
+from app.cpus import give_way
+from app.errors import Problem
+from app.images import FORMATS, decode
+from app.model_card import Preprocessing
+
+SIZE = struct.Struct("<I")  # of what follows, in bytes; before each message
+# What became of an upload, index of the format, width, height; then the patches, or a text.
+ANSWER = struct.Struct("<BBxxII")
+PICTURE, PROBLEM, BUG = range(3)
+
+
+class Task(BaseModel):
+    """A decoder's first message: how to decode whatever comes after it."""
+
+    preprocessing: Preprocessing
+    max_pixels: int
+
+
+class Refusal(BaseModel):
+    """The problem that an upload turned out to be."""
+
+    name: str  # of the class
+    detail: str
+
+
+def main() -> None:
+    """Fork decoders until the service is gone."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    # The service stops in its own time, and what it still has to decode with it: Ctrl+C at a
+    # terminal and a signal to the whole group are for the service alone.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel takes care of those that end
+    # Pillow warns of odd metadata and large pictures; that is the client's matter, not the log's.
+    warnings.filterwarnings("ignore", module="PIL")
+    gc.freeze()  # what is loaded stays shared
+    while True:
+        _, sockets, _, _ = socket.recv_fds(control, 1, 1)
+        if not sockets:
+            return
+        link = socket.socket(fileno=sockets[0])
+        if os.fork() == 0:
+            control.close()
+            give_way()
+            send(link, str(os.getpid()).encode())
+            serve(link)
+            os._exit(0)
+        link.close()
+
+
+def serve(link: socket.socket) -> None:
+    """Decode what comes from `link` until it is closed."""
+    first = receive(link)
+    if first is None:
+        return
+    task = Task.model_validate_json(first)
+    while (message := receive(link)) is not None:
+        upload = bytes(message)  # which Pillow reads where it is, while it would copy a bytearray
+        del message
+        try:
+            picture = decode(upload, task.preprocessing, task.max_pixels)
+        except Problem as problem:
+            refusal = Refusal(name=type(problem).__name__, detail=problem.detail)
+            head, body = (PROBLEM, 0, 0, 0), refusal.model_dump_json().encode()
+        except Exception:
+            head, body = (BUG, 0, 0, 0), traceback.format_exc().encode()
+        else:
+            head = (PICTURE, FORMATS.index(picture.format), picture.width, picture.height)
+            body = picture.patches.tobytes()
+            del picture  # the pixels behind it need not wait for the next upload
+        del upload
+        try:
+            send(link, ANSWER.pack(*head), body)
+        except OSError:
+            return  # the service is gone
+
+
+def send(link: socket.socket, *parts: bytes) -> None:
+    """Send one message.
+
+    Raises:
+        OSError: the other side is gone.
+    """
+    total = SIZE.size + sum(map(len, parts))
+    whole = [SIZE.pack(total - SIZE.size), *parts]
+    sent = link.sendmsg(whole)  # as a rule all of it: one call, and nothing is copied
+    if sent < total:
+        link.sendall(memoryview(b"".join(whole))[sent:])
+
+
+def receive(link: socket.socket) -> bytearray | None:
+    """Return the next message, or None if the other side is gone."""
+    try:
+        head = link.recv(SIZE.size, socket.MSG_WAITALL)
+        if len(head) < SIZE.size:
+            return None
+        message = bytearray(SIZE.unpack(head)[0])
+        came = link.recv_into(message, 0, socket.MSG_WAITALL) if message else 0
+    except ConnectionError:
+        return None
+    return message if came == len(message) else None
+
+
+if __name__ == "__main__":
+    main()

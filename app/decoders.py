@@ -1,0 +1,152 @@
+"""The decoders: processes of their own, so that the event loop shares its GIL with none of them.
+
+A thread that decodes holds the GIL for an eighth of its time, and may lose its core with the GIL in
+hand: under overload the event loop then waits for milliseconds, and on many cores everybody does.
+"""
+
+import atexit
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from functools import cache
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+
+from app.decoder import ANSWER, BUG, PROBLEM, Refusal, Task, receive, send
+from app.errors import CorruptImage, Problem, TooManyPixels, UnsupportedFormat
+from app.images import FORMATS, Picture
+
+logger = logging.getLogger(__name__)
+
+# What `decode` may raise; a decoder names them.
+_PROBLEMS: dict[str, type[Problem]] = {
+    kind.__name__: kind for kind in (CorruptImage, TooManyPixels, UnsupportedFormat)
+}
+# An upload of the usual size then goes with one call, without waiting for the decoder to read.
+_BUFFER_BYTES = 1 << 20
+# Pillow keeps as many blocks of up to 16 MiB for the next picture. Memory fresh from the system is
+# zeroed page by page, which is a tenth of decoding a photo.
+_KEPT_BLOCKS = 2
+
+
+class DecoderLost(Exception):  # noqa: N818 - what happened; the request meets a 500
+    """A decoder ended while it had an upload in hand."""
+
+
+class Decoders:
+    """As many decoders as threads may ask for one at once."""
+
+    def __init__(self, count: int, task: Task) -> None:
+        """Start them; the first in a process takes half a second, all others milliseconds."""
+        self._free: SimpleQueue[Decoder] = SimpleQueue()
+        self._all = [Decoder(task) for _ in range(count)]
+        for decoder in self._all:
+            self._free.put(decoder)
+
+    def decode(self, upload: bytes) -> Picture:
+        """Decode in a process that has nothing else to do.
+
+        Raises:
+            UnsupportedFormat, TooManyPixels, CorruptImage: as `images.decode`.
+            DecoderLost: the process ended; the next upload gets another one.
+        """
+        decoder = self._free.get()
+        try:
+            return decoder.decode(upload)
+        finally:
+            self._free.put(decoder)
+
+    def close(self) -> None:
+        """End the processes; nobody may be waiting for one."""
+        for decoder in self._all:
+            decoder.close()
+
+
+class Decoder:
+    """One process and the socket to it, for one thread at a time."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._connect()
+
+    def decode(self, upload: bytes) -> Picture:
+        """Send an upload, wait for its picture; raises what Decoders.decode does."""
+        try:
+            send(self._link, upload)
+            answer = receive(self._link)
+        except OSError:
+            answer = None
+        if answer is None:
+            self.close()
+            logger.error("decoder %d has ended; another one takes its place", self.pid)
+            self._connect()
+            raise DecoderLost(f"the decoder ended over an upload of {len(upload)} bytes")
+        kind, file_format, width, height = ANSWER.unpack_from(answer)
+        body = memoryview(answer)[ANSWER.size :]
+        if kind == PROBLEM:
+            refusal = Refusal.model_validate_json(bytes(body))
+            raise _PROBLEMS[refusal.name](refusal.detail)
+        if kind == BUG:
+            raise RuntimeError(f"in decoder {self.pid}: {bytes(body).decode()}")
+        preprocessing = self._task.preprocessing
+        patches = np.frombuffer(body, np.uint8).reshape(preprocessing.tokens, -1)
+        return Picture(FORMATS[file_format], width, height, patches)
+
+    def close(self) -> None:
+        """Close the socket, which ends the process."""
+        self._link.close()
+
+    def _connect(self) -> None:
+        self._link = nursery().new_link()
+        hello = receive(self._link)
+        if hello is None:
+            raise DecoderLost("a decoder ended as it began")
+        self.pid = int(hello)
+        send(self._link, self._task.model_dump_json().encode())
+
+
+class Nursery:
+    """The process that forks decoders, one for all that this process will ever need."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._start()
+        atexit.register(self._end)
+
+    def new_link(self) -> socket.socket:
+        """Return the socket to a new decoder."""
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+        with self._lock, theirs:
+            if self._process.poll() is not None:
+                self._control.close()
+                self._start()
+            socket.send_fds(self._control, [b"1"], [theirs.fileno()])
+        return ours
+
+    def _start(self) -> None:
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(  # noqa: S603 - our own module, by our own interpreter
+                [sys.executable, "-m", "app.decoder", str(theirs.fileno())],
+                cwd=Path(__file__).parent.parent,  # where the package is, installed or not
+                env={**os.environ, "PILLOW_BLOCKS_MAX": str(_KEPT_BLOCKS)},
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+
+    def _end(self) -> None:
+        self._control.close()
+        self._process.wait()
+
+
+@cache
+def nursery() -> Nursery:
+    """Return this process's nursery; the first call starts it, and it takes half a second."""
+    return Nursery()
