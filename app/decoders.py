@@ -29,9 +29,13 @@ _PROBLEMS: dict[str, type[Problem]] = {
 }
 # An upload of the usual size then goes with one call, without waiting for the decoder to read.
 _BUFFER_BYTES = 1 << 20
-# Pillow keeps as many blocks of up to 16 MiB for the next picture. Memory fresh from the system is
-# zeroed page by page, which is a tenth of decoding a photo.
-_KEPT_BLOCKS = 2
+_ENVIRONMENT = {
+    # Pillow keeps as many blocks of up to 16 MiB for the next picture. Memory fresh from the system
+    # is zeroed page by page, which is a tenth of decoding a photo.
+    "PILLOW_BLOCKS_MAX": "2",
+    # numpy's threads would be there for nothing, and a process with threads cannot be forked well.
+    "OPENBLAS_NUM_THREADS": "1",
+}
 
 
 class DecoderLost(Exception):  # noqa: N818 - what happened; the request meets a 500
@@ -136,13 +140,14 @@ class Nursery:
             self._process = subprocess.Popen(  # noqa: S603 - our own module, by our own interpreter
                 [sys.executable, "-m", "app.decoder", str(theirs.fileno())],
                 cwd=Path(__file__).parent.parent,  # where the package is, installed or not
-                env={**os.environ, "PILLOW_BLOCKS_MAX": str(_KEPT_BLOCKS)},
+                env={**os.environ, **_ENVIRONMENT},
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
             )
 
     def _end(self) -> None:
         self._control.close()
+        self._process.kill()  # it holds nothing that could be lost
         self._process.wait()
 
 
