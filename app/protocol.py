@@ -146,6 +146,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self.cycle.complete()
         else:
             super().on_message_complete()
+        if self.cycle.response_complete and self.timeout_keep_alive_task is None:
+            # Answered early: what came since has stopped uvicorn's clock on an idle connection.
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def pause_writing(self) -> None:
         """Start the clock on a client that does not read its answers."""

@@ -2,7 +2,7 @@
 
 `OBSERVED_BATCH_MS` puts a fake engine of that latency in the model's place. `GET /observed` shows
 what is in flight and how many images the engine has seen; `?fault=raise`, `nan` or `none` breaks
-and mends the engine.
+and mends the engine. `OBSERVED_KEEP_ALIVE_S` closes idle connections sooner.
 """
 
 import os
@@ -101,4 +101,5 @@ def create_observed_app(settings: Settings, engine: ObservedEngine) -> FastAPI:
 if __name__ == "__main__":
     serve.OnnxEngine = ObservedEngine  # type: ignore[attr-defined,assignment] # the same face
     serve.create_app = create_observed_app  # type: ignore[attr-defined,assignment] # likewise
+    serve.KEEP_ALIVE_S = int(os.environ.get("OBSERVED_KEEP_ALIVE_S", serve.KEEP_ALIVE_S))
     sys.exit(serve.main())

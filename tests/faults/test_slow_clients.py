@@ -1,6 +1,7 @@
 """Promise 6: clients that trickle get in nobody's way."""
 
 import asyncio
+import json
 import statistics
 import time
 
@@ -119,6 +120,26 @@ def test_slow_second_request(fake: Start) -> None:
         start = time.monotonic()
         assert b" 408 " in read_answer(client)
         assert 0.4 < time.monotonic() - start < 2
+
+
+def test_idle_after_an_early_answer(fake: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection whose request was refused before its body came is closed like any idle one."""
+    monkeypatch.setenv("OBSERVED_KEEP_ALIVE_S", "1")
+    head = b"POST /classify HTTP/1.1\r\nHost: test\r\nContent-Length: 9\r\n\r\n"
+    with (
+        fake(max_requests=1) as server,
+        dial(server.url) as first,
+        dial(server.url) as refused,
+    ):
+        first.sendall(head)
+        while json.loads(one(server.url, get("/observed")).body)["requests"] < 1:
+            time.sleep(0.02)
+        refused.sendall(head)
+        assert b" 429 " in read_answer(refused)
+        refused.sendall(b"too late.")
+        start = time.monotonic()
+        assert refused.recv(1) == b""
+        assert 0.5 < time.monotonic() - start < 5
 
 
 def test_client_that_does_not_read(fake: Start, figure: Figure) -> None:
