@@ -55,7 +55,7 @@ class Settings(BaseModel):
         default_factory=available_cpus,
         ge=1,
         le=1024,
-        description="threads of one inference on the CPU (default: the CPUs of this container)",
+        description="images inferred side by side on the CPU (default: the CPUs of this container)",
     )
     decode_threads: int = Field(
         default_factory=available_cpus,

@@ -50,6 +50,27 @@ def test_padded_batches_answer_as_exact_ones(
     np.testing.assert_allclose(logits, exact.run(patches), atol=1e-5)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 7, 16])
+@pytest.mark.parametrize("is_small", [True, False])
+def test_shared_out_batches_answer_as_whole_ones(
+    exact: OnnxEngine, monkeypatch: pytest.MonkeyPatch, batch: int, is_small: bool
+) -> None:
+    """With three threads each image gets the logits it gets with one, in its own place."""
+    if not is_small:
+        monkeypatch.setattr("app.engine._SMALL", 0)  # then two images are inferred by three threads
+    shared = OnnxEngine(EMBEDDED_MODEL, "cpu", 3)
+    patches = draw(batch, seed=batch)
+    np.testing.assert_allclose(shared.run(patches), exact.run(patches), atol=1e-5)
+
+
+def test_a_share_that_fails_fails_its_batch_alone(exact: OnnxEngine) -> None:
+    """A batch with patches of a wrong size raises; the next one passes."""
+    shared = OnnxEngine(EMBEDDED_MODEL, "cpu", 2)
+    with pytest.raises(Exception, match="patches"):
+        shared.run(np.zeros((4, 63, 48), np.uint8))
+    np.testing.assert_allclose(shared.run(draw(4)), exact.run(draw(4)), atol=1e-5)
+
+
 def test_answers_survive_the_next_batch(bucketed: OnnxEngine) -> None:
     """Logits already handed out do not change when the bucket's buffers are used again."""
     first = bucketed.run(draw(4, seed=1))
