@@ -8,15 +8,18 @@ and queries not at all.
 import logging
 import time
 from collections.abc import Iterable
+from functools import lru_cache
 
 from starlette.datastructures import Headers
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.logs import write_request
 from app.metrics import Metrics
 from app.routes.problems import problem_response
 from app.spans import Spans
 from app.trace import Trace, begin
+from app.wire import head
 
 # Unless its route says otherwise an answer is data, no page: nothing in it may run, be framed or
 # be sniffed.
@@ -115,8 +118,6 @@ def report(metrics: Metrics, trace: Trace, method: str, route: str, status: int)
     seconds = time.perf_counter() - trace.started
     metrics.finish_request(trace, route, status, seconds)
     level = logging.ERROR if status == 500 else logging.INFO  # the others are no fault of ours
-    if not logger.isEnabledFor(level):
-        return
     fields: dict[str, object] = {
         "method": method,
         "route": route,
@@ -133,7 +134,7 @@ def report(metrics: Metrics, trace: Trace, method: str, route: str, status: int)
     if trace.is_traced:
         fields["trace_id"] = trace.trace_id
         fields["span_id"] = trace.span_id
-    logger.log(level, "request", extra={"fields": fields, "request_id": trace.request_id})
+    write_request(logger, level, trace.request_id, fields)
 
 
 def dress(headers: list[tuple[bytes, bytes]], trace: Trace, *, closing: bool) -> None:
@@ -146,6 +147,33 @@ def dress(headers: list[tuple[bytes, bytes]], trace: Trace, *, closing: bool) ->
         headers.append((b"traceparent", trace.traceparent.encode("ascii")))
     if closing and b"connection" not in names:
         headers.append((b"connection", b"close"))  # the client's next request goes elsewhere
+
+
+def answer(
+    status: int,
+    headers: tuple[tuple[bytes, bytes], ...],
+    body: bytes,
+    trace: Trace,
+    *,
+    closing: bool,
+) -> bytes:
+    """Return a whole answer as it goes over the wire, dressed as `dress` does."""
+    timing = trace.server_timing(time.perf_counter())
+    lines = (
+        f"content-length: {len(body)}\r\n"
+        f"x-request-id: {trace.request_id}\r\nserver-timing: {timing}\r\n"
+    )
+    if trace.parent is not None:
+        lines += f"traceparent: {trace.traceparent}\r\n"
+    if closing:
+        lines += "connection: close\r\n"
+    return b"".join((_constant_head(status, headers), lines.encode("ascii"), b"\r\n", body))
+
+
+@lru_cache(maxsize=64)
+def _constant_head(status: int, headers: tuple[tuple[bytes, bytes], ...]) -> bytes:
+    names = {name for name, _ in headers}
+    return head(status, [*headers, *(line for line in _SECURITY if line[0] not in names)])
 
 
 def _milliseconds(seconds: float) -> float:

@@ -24,7 +24,10 @@ The class says what the client may know (`detail`); what only the operator may k
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, ClassVar
+
+from pydantic_core import to_json
 
 PROBLEM_JSON = b"application/problem+json"
 
@@ -49,6 +52,10 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's own word
     def kind(self) -> str:
         """The last part of the problem's type, stable for clients and dashboards."""
         return kind_of(self.title)
+
+    def json(self) -> bytes:
+        """Return the problem object as JSON."""
+        return problem_json(self.status, self.title, self.detail)
 
     def body(self) -> dict[str, Any]:
         """Return the problem object of RFC 9457, section 3."""
@@ -194,6 +201,12 @@ class DeadlineExceeded(Problem):
 def kind_of(title: str) -> str:
     """Return a title as the last part of a problem's type."""
     return title.lower().replace(" ", "-")
+
+
+@lru_cache(maxsize=64)
+def problem_json(status: int, title: str, detail: str) -> bytes:
+    """Return an RFC 9457 problem object as JSON; under overload it is the same one all the time."""
+    return to_json(problem_body(status, title, detail))
 
 
 def problem_body(status: int, title: str, detail: str) -> dict[str, Any]:

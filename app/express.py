@@ -11,13 +11,12 @@ import re
 import time
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import ClassVar
+from typing import ClassVar, TypeVarTuple
 
-from fastapi import FastAPI
 from pydantic_core import to_json
 from starlette.datastructures import Headers
 
-from app.access import CLIENT_GONE, FAULT, dress, report
+from app.access import CLIENT_GONE, FAULT, answer, report
 from app.admission import BodyBudget
 from app.batcher import Entry
 from app.errors import PROBLEM_JSON, BodyTooLarge, NotReady, Problem
@@ -26,21 +25,23 @@ from app.routes.classify import checked_top_k, classification
 from app.service import Service
 from app.trace import new_trace
 from app.uploads import JSON, TIMEOUT_HEADER, deadline_after, image_reader
-from app.wire import answer
 
 logger = logging.getLogger(__name__)
+
+Values = TypeVarTuple("Values")
 
 PATH = "/classify"
 # A number that needs no checking but against the model's classes.
 _TARGET = re.compile(rb"/classify(?:\?top_k=([1-9][0-9]{0,5}))?")
 _JSON = JSON.encode("ascii")
+_NO_BODY = RawBody()  # stands where none is being collected
 # Each changes how a request is read or answered, by rules that the framework's way knows.
 _UNUSUAL = frozenset({b"expect", b"origin", b"upgrade"})
 _TIMEOUT = TIMEOUT_HEADER.encode("ascii")
 
 
 def express(
-    app: FastAPI,
+    service: Service,
     target: bytes,
     headers: list[tuple[bytes, bytes]],
     default_headers: list[tuple[bytes, bytes]],
@@ -58,10 +59,10 @@ def express(
         return None
     if fields.get(b"content-type", b"").lower().startswith(_JSON):
         return None
-    if app.state.keys is not None and not app.state.keys.allow(Headers(raw=headers)):
+    if service.keys is not None and not service.keys.allow(Headers(raw=headers)):
         return None
     top_k = None if found[1] is None else int(found[1])
-    return Express(app, fields, top_k, default_headers, write)
+    return Express(service, fields, top_k, default_headers, write)
 
 
 class Express:
@@ -76,7 +77,7 @@ class Express:
 
     def __init__(
         self,
-        app: FastAPI,
+        service: Service,
         fields: dict[bytes, bytes],
         top_k: int | None,
         default_headers: list[tuple[bytes, bytes]],
@@ -86,20 +87,19 @@ class Express:
         self.disconnected = False
         self.more_body = True
         self.response_complete = False
-        self._app = app
-        self._service: Service = app.state.service
+        self._service = service
         self._fields = fields
         self._asked = top_k
         self._default_headers = default_headers
         self._write = write
         self._on_response: Callable[[], None] = _nothing
         self._trace = new_trace(self._field(b"x-request-id"), self._field(b"traceparent"))
-        self._trace.is_traced = self._trace.is_traced or app.state.spans is not None
+        self._trace.is_traced = self._trace.is_traced or service.spans is not None
         self._budget = BodyBudget(self._service.admission)
         self._is_in = False  # counted by the door
         self._entry: Entry | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._reader: Form | RawBody = RawBody()
+        self._reader: Form | RawBody = _NO_BODY
 
     def begin(self, on_response: Callable[[], None]) -> None:
         """Let the request in, or refuse it; `on_response` is called when it is answered."""
@@ -109,7 +109,7 @@ class Express:
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes of the body."""
         if not self.response_complete:
-            self._guard(lambda: self._feed(chunk))
+            self._guard(self._feed, chunk)
 
     def complete(self) -> None:
         """Send the image on its way: the body is whole."""
@@ -132,8 +132,7 @@ class Express:
         if self.response_complete:
             return
         self._trace.problem, self._trace.reason = problem.kind, problem.reason
-        body = to_json(problem.body())
-        self._answer(problem.status, body, PROBLEM_JSON, problem.headers)
+        self._answer(problem.status, problem.json(), PROBLEM_JSON, problem.headers)
 
     def cancel(self, msg: object = None) -> None:
         """Stop, since the grace time is over; named and called as a task's by uvicorn."""
@@ -165,7 +164,7 @@ class Express:
         self._reader.feed(chunk)
 
     def _complete(self) -> None:
-        image, self._reader = self._reader.image(), RawBody()
+        image, self._reader = self._reader.image(), _NO_BODY
         self._predicted_s = self._service.admission.admit(1, self._deadline)
         entry = self._entry = self._service.classifier.submit(image, self._trace.request_id)
         left_s = self._deadline - time.monotonic()
@@ -189,18 +188,21 @@ class Express:
 
     def _answer(self, status: int, body: bytes, media_type: bytes, more: dict[str, str]) -> None:
         """Write the whole answer at once, and leave."""
-        headers = [*self._default_headers, (b"content-type", media_type)]
-        headers += [(n.lower().encode("ascii"), v.encode("latin-1")) for n, v in more.items()]
-        dress(headers, self._trace, closing=self._service.draining or not self.keep_alive)
-        if (b"connection", b"close") in headers:
+        if self._service.draining or "Connection" in more:  # which is "close" then
             self.keep_alive = False
-        self._write(answer(status, headers, body))
+        others = [
+            (name.lower().encode("ascii"), value.encode("latin-1"))
+            for name, value in more.items()
+            if name != "Connection"
+        ]
+        headers = (*self._default_headers, (b"content-type", media_type), *others)
+        self._write(answer(status, headers, body, self._trace, closing=not self.keep_alive))
         self._leave(status)
 
     def _leave(self, status: int) -> None:
         """Give back what the request held, report it, and let the connection go on."""
         self.response_complete = True
-        self._reader = RawBody()  # what came stays no longer than it is counted
+        self._reader = _NO_BODY  # what came stays no longer than it is counted
         if self._timer is not None:
             self._timer.cancel()
         if self._entry is not None:
@@ -211,16 +213,16 @@ class Express:
             self._service.admission.leave()
         if status == CLIENT_GONE:
             self._trace.problem = "client-gone"
-        report(self._app.state.metrics, self._trace, "POST", PATH, status)
-        if self._app.state.spans is not None:
-            self._app.state.spans.export(self._trace, "POST", PATH, status)
+        report(self._service.metrics, self._trace, "POST", PATH, status)
+        if self._service.spans is not None:
+            self._service.spans.export(self._trace, "POST", PATH, status)
         on_response, self._on_response = self._on_response, _nothing  # which knows us: a cycle
         on_response()
 
-    def _guard(self, step: Callable[[], None]) -> None:
+    def _guard(self, step: Callable[[*Values], None], *values: *Values) -> None:
         """Take one step; what goes wrong is the answer."""
         try:
-            step()
+            step(*values)
         except Problem as problem:
             self.fail(problem)
         except Exception:

@@ -6,6 +6,7 @@ Both carry the request's ID on every line that was written on behalf of a reques
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Literal
 
@@ -28,23 +29,51 @@ def configure(level: str, log_format: LogFormat) -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
+def write_request(
+    logger: logging.Logger, level: int, request_id: str, fields: Mapping[str, object]
+) -> None:
+    """Write the line of an answered request, if `logger` writes lines of this level at all.
+
+    There is one for each request, refusals included: a record of `logging` with all that belongs to
+    it costs more than everything else about a refusal, so a line of JSON goes without one.
+    """
+    if not logger.isEnabledFor(level):
+        return
+    handlers = logging.root.handlers
+    if len(handlers) == 1 and type(handlers[0].formatter) is JsonFormatter:
+        line = json_line(
+            time.time(), logging.getLevelName(level).lower(), "request", request_id, fields
+        )
+        handlers[0].stream.write(line + "\n")  # type: ignore[attr-defined] # `configure` made it
+    else:
+        logger.log(level, "request", extra={"fields": fields, "request_id": request_id})
+
+
+def json_line(
+    seconds: float, level: str, message: str, request_id: str | None, fields: Mapping[str, object]
+) -> str:
+    """Return one line as JSON without its line break; `seconds` are of `time.time()`."""
+    line: dict[str, object] = {
+        "time": f"{_second(int(seconds))}.{int(seconds % 1 * 1000):03}+00:00",
+        "level": level,
+        "message": message,
+    }
+    if request_id:
+        line["request_id"] = request_id
+    line.update(fields)
+    return to_json(line, fallback=str).decode()
+
+
 class JsonFormatter(logging.Formatter):
     """One line, one object; `fields` of a record become members of their own."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as JSON without a line break."""
-        line: dict[str, object] = {
-            "time": f"{_second(int(record.created))}.{int(record.msecs):03}+00:00",
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-        }
-        request_id = _request_id(record)
-        if request_id:
-            line["request_id"] = request_id
-        line.update(getattr(record, "fields", {}))
+        fields: Mapping[str, object] = getattr(record, "fields", {})
         if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return to_json(line, fallback=str).decode()
+            fields = {**fields, "traceback": self.formatException(record.exc_info)}
+        level, message = record.levelname.lower(), record.getMessage()
+        return json_line(record.created, level, message, _request_id(record), fields)
 
 
 class TextFormatter(logging.Formatter):

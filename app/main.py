@@ -55,8 +55,9 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         gc.freeze()
         admission = Admission(settings, latency)
         classifier = Classifier(engine, settings, latency, admission, measures)
+        explainer = Explainer(classifier, settings, latency)
         app.state.service = Service(
-            settings, admission, classifier, Explainer(classifier, settings, latency)
+            settings, admission, classifier, explainer, measures, keys, spans
         )
         yield
         app.state.service.draining = True
@@ -74,7 +75,6 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         # The framework's own would look for a provider on every request; ours is in spans.py.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    app.state.metrics, app.state.keys, app.state.spans = measures, keys, spans
     _show_states(measures, app)
     guarded = (classify, explain, hugging_face, inference_protocol, model)
     for module in guarded:

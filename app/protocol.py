@@ -6,20 +6,20 @@ client that sends more than it may reads its answer before the connection goes.
 """
 
 import asyncio
+from itertools import chain
 from typing import Any, ClassVar
 
 from fastapi import FastAPI
-from pydantic_core import to_json
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from app.access import dress, report
-from app.errors import PROBLEM_JSON, BodyTimeout, kind_of, problem_body
+from app.access import answer, report
+from app.errors import PROBLEM_JSON, BodyTimeout, kind_of, problem_json
 from app.express import Express, express
 from app.farewell import Farewell
 from app.settings import Settings
 from app.trace import new_trace
-from app.wire import answer, without_upgrade
+from app.wire import without_upgrade
 
 # What a request may hold besides its body: nginx's and most balancers' own limit for headers.
 MAX_HEADER_BYTES = 64 * 1024
@@ -45,6 +45,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._write_deadline: asyncio.TimerHandle | None = None
         self._begun = False  # a message has begun to arrive and is not complete
+        self._is_whole = False  # a message became complete in what came last
         self._in_headers = True  # or between requests
         self._deaf = False  # what comes is no longer listened to
         self._body_bytes = 0  # of this message
@@ -77,10 +78,12 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._deaf:
             return
-        if self._deadline is None and self._in_headers:
-            self._start_clock(self.settings.header_timeout_s)  # the next request on this connection
         self._allowance -= len(data)
+        self._is_whole = False
         super().data_received(without_upgrade(data) if self._in_headers else data)
+        is_more_due = (self._begun or not self._is_whole) and not self._deaf
+        if is_more_due and self._deadline is None and not self.transport.is_closing():
+            self._start_clock(self._patience_s())
         allowed = self._allowance + self._body_bytes * FRAMING_PER_BODY_BYTE
         if allowed < 0 and not self.transport.is_closing():
             if self._in_headers:
@@ -102,16 +105,16 @@ class BoundedProtocol(HttpToolsProtocol):
             OverflowError: too many requests ahead of their answers, or headers too large; it stops
                 the parser.
         """
-        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if size > MAX_HEADER_BYTES:  # all of it in one read
+        size = len(self.url) + sum(map(len, chain.from_iterable(self.headers)))
+        if size + 4 * len(self.headers) > MAX_HEADER_BYTES:  # all of it in one read
             self._refuse_headers()
             raise OverflowError("headers too large")
         if len(self.pipeline) >= MAX_PIPELINED:
             raise OverflowError("too many requests are pipelined")
         self._in_headers = False
+        self._stop_clock()  # `data_received` starts the body's, if the body is still to come
         if self._by_express():
             return
-        self._start_clock(self.settings.body_timeout_s + LAST_WORD_S)
         super().on_headers_complete()
         if self.expect_100_continue or self.parser.should_upgrade():
             # After an early answer nobody could tell whether the body still comes (RFC 9110,
@@ -140,7 +143,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Stop the clock until the next request begins."""
         self._stop_clock()
         self._begun = False
-        self._in_headers = True
+        self._in_headers = self._is_whole = True
         self._allowance, self._body_bytes = MAX_HEADER_BYTES, 0
         if isinstance(self.cycle, Express):
             self.cycle.complete()
@@ -187,7 +190,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.flow.write_paused or not (self.cycle is None or self.cycle.response_complete):
             return False  # it has to wait its turn
         found = express(
-            self.served,
+            self.served.state.service,
             self.url,
             self.headers,
             self.server_state.default_headers,
@@ -200,7 +203,6 @@ class BoundedProtocol(HttpToolsProtocol):
         self._express = found
         self.cycle = found  # type: ignore[assignment] # all that uvicorn looks at is there
         self.tasks.add(found)  # type: ignore[arg-type] # for its `cancel`
-        self._start_clock(self.settings.body_timeout_s)
         found.begin(lambda: self._on_answered(found))
         return True
 
@@ -218,6 +220,14 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self._begun and (self.cycle is None or self.cycle.response_complete):
             self.transport.close()
 
+    def _patience_s(self) -> float:
+        """Return how long what has begun to come may take to be complete."""
+        if self._in_headers:
+            return self.settings.header_timeout_s
+        if isinstance(self.cycle, Express):
+            return self.settings.body_timeout_s
+        return self.settings.body_timeout_s + LAST_WORD_S
+
     def _start_clock(self, seconds: float) -> None:
         self._stop_clock()
         self._deadline = self.loop.call_later(seconds, self._on_deadline)
@@ -229,12 +239,13 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _on_deadline(self) -> None:
         self._deadline = None
-        if self.flow.read_paused:
+        is_answered = self.cycle is None or self.cycle.response_complete
+        if self.flow.read_paused or (self._in_headers and not is_answered):
             # We made the client wait, not it us: a pipelined request behind a slow one.
             self._start_clock(self.settings.body_timeout_s)
-        elif self._in_headers and (self.cycle is None or self.cycle.response_complete):
+        elif self._in_headers:
             self._refuse(408, "Request timeout", "The headers did not arrive in time.")
-        elif isinstance(self.cycle, Express) and not self.cycle.response_complete:
+        elif isinstance(self.cycle, Express) and not is_answered:
             self.cycle.fail(BodyTimeout(self.settings.body_timeout_s))
         else:
             self.transport.close()
@@ -255,11 +266,10 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         trace = new_trace()
         trace.problem = kind_of(title)
-        headers = [(b"content-type", PROBLEM_JSON)]
-        dress(headers, trace, closing=True)
-        report(self.served.state.metrics, trace, "-", "unparsed", status)
-        body = to_json(problem_body(status, title, detail))
-        self.transport.write(answer(status, headers, body))
+        report(self.served.state.service.metrics, trace, "-", "unparsed", status)
+        headers = ((b"content-type", PROBLEM_JSON),)
+        body = problem_json(status, title, detail)
+        self.transport.write(answer(status, headers, body, trace, closing=True))
         self.transport.close()
 
 

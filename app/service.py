@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from app.admission import Admission
 from app.classifier import Classifier
 from app.explain import Explainer
+from app.keys import ApiKeys
+from app.metrics import Metrics
 from app.settings import Settings
+from app.spans import Spans
 
 
 @dataclass(slots=True)
@@ -16,6 +19,9 @@ class Service:
     admission: Admission
     classifier: Classifier
     explainer: Explainer
+    metrics: Metrics
+    keys: ApiKeys | None  # whoever has one of them may ask; None: everybody
+    spans: Spans | None  # where they are exported
     draining: bool = False  # told to stop: still serving, but no longer ready
 
     @property

@@ -11,11 +11,9 @@ _STATUS_LINES = {
 }
 
 
-def answer(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bytes:
-    """Return a whole answer; `headers` lack nothing but the length of the body."""
-    lines = [_STATUS_LINES[status], b"content-length: %d\r\n" % len(body)]
-    lines += [b"%b: %b\r\n" % header for header in headers]
-    return b"".join((*lines, b"\r\n", body))
+def head(status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Return an answer's status line and these headers, to which more may be added."""
+    return _STATUS_LINES[status] + b"".join([b"%b: %b\r\n" % header for header in headers])
 
 
 def without_upgrade(data: bytes) -> bytes:

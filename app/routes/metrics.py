@@ -13,4 +13,4 @@ router = APIRouter(tags=["health"])
 )
 async def metrics(request: Request) -> Response:
     """Show the metrics in Prometheus' text format; open like the probes, it holds no secrets."""
-    return Response(request.app.state.metrics.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+    return Response(request.app.state.service.metrics.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

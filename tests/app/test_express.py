@@ -69,7 +69,7 @@ def test_which_requests_take_it(
 ) -> None:
     """Whatever a usual request has not, a foreign key included, makes it take the long way."""
     fields = {b"x-api-key": b"secret"} | headers
-    found = express(app, target, list(fields.items()), [], lambda _: None)
+    found = express(app.state.service, target, list(fields.items()), [], lambda _: None)
     assert (found is not None) is taken
 
 
