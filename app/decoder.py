@@ -72,10 +72,8 @@ def serve(link: socket.socket) -> None:
         return
     task = Task.model_validate_json(first)
     while (message := receive(link)) is not None:
-        upload = bytes(message)  # which Pillow reads where it is, while it would copy a bytearray
-        del message
         try:
-            picture = decode(upload, task.preprocessing, task.max_pixels)
+            picture = decode(message, task.preprocessing, task.max_pixels)
         except Problem as problem:
             refusal = Refusal(name=type(problem).__name__, detail=problem.detail)
             head, body = (PROBLEM, 0, 0, 0), refusal.model_dump_json().encode()
@@ -85,14 +83,14 @@ def serve(link: socket.socket) -> None:
             head = (PICTURE, FORMATS.index(picture.format), picture.width, picture.height)
             body = picture.patches.tobytes()
             del picture  # the pixels behind it need not wait for the next upload
-        del upload
+        del message
         try:
             send(link, ANSWER.pack(*head), body)
         except OSError:
             return  # the service is gone
 
 
-def send(link: socket.socket, *parts: bytes) -> None:
+def send(link: socket.socket, *parts: bytes | memoryview) -> None:
     """Send one message.
 
     Raises:
@@ -105,17 +103,17 @@ def send(link: socket.socket, *parts: bytes) -> None:
         link.sendall(memoryview(b"".join(whole))[sent:])
 
 
-def receive(link: socket.socket) -> bytearray | None:
+def receive(link: socket.socket) -> bytes | None:
     """Return the next message, or None if the other side is gone."""
     try:
         head = link.recv(SIZE.size, socket.MSG_WAITALL)
         if len(head) < SIZE.size:
             return None
-        message = bytearray(SIZE.unpack(head)[0])
-        came = link.recv_into(message, 0, socket.MSG_WAITALL) if message else 0
+        [size] = SIZE.unpack(head)
+        message = link.recv(size, socket.MSG_WAITALL) if size else b""
     except ConnectionError:
         return None
-    return message if came == len(message) else None
+    return message if len(message) == size else None
 
 
 if __name__ == "__main__":
