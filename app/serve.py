@@ -25,6 +25,7 @@ from app.cuda import GpuOptions
 from app.decoders import nursery
 from app.engine import OnnxEngine
 from app.errors import StartupError
+from app.keys import ApiKeys
 from app.logs import configure
 from app.main import create_app
 from app.protocol import bounded
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.setswitchinterval(0.001)
         # It tells of every malformed form, and at debug of what is in it.
         logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+        if settings.api_keys_file is not None:
+            ApiKeys(settings.api_keys_file)  # refused now, if at all, and not after the model
         listener = _bind(settings)
         nursery()  # it loads what decoders need while the model is loaded here
         _allow_descriptors(settings)

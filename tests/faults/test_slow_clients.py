@@ -71,9 +71,11 @@ def test_500_trickling_clients(fake: Start, figure: Figure) -> None:
     with fake(batch_ms=5) as server, another_process() as elsewhere:
         others_p99_s(server)  # warm
         calm_s = others_p99_s(server)
+        time.sleep(0.5)  # until the server has closed the connections of that load
         descriptors = server.descriptors()
         attacking = elsewhere.submit(attack, server.url)
         while server.descriptors() < descriptors + CLIENTS:
+            assert not attacking.done(), "the attack ended before all its connections were open"
             time.sleep(0.1)
         during_s = others_p99_s(server)
         cut = attacking.result()
