@@ -18,7 +18,7 @@ test: .venv/test lint ## Check style and types, run the tests with branch covera
 	$(BIN)/pytest --cov --cov-report=term
 
 faults: .venv/test ## Prove every promise under load, faults and attack, with its figure; 15 minutes
-	$(BIN)/pytest tests/faults -m 'slow or not slow' --durations=0 --durations-min=5
+	$(BIN)/python -m tests.faults
 
 lint: .venv/test
 	$(BIN)/ruff check

@@ -10,6 +10,8 @@ from tests.fakes import make_image
 from tests.faults.conftest import Figure, Start
 from tests.faults.load import Answer, Load, get, one, post
 
+pytestmark = pytest.mark.timed
+
 
 def inferred(url: str) -> int:
     """Return how many images the engine has seen."""

@@ -5,9 +5,13 @@ import socket
 import struct
 import time
 
+import pytest
+
 from tests.fakes import make_image
 from tests.faults.conftest import Figure, Start
 from tests.faults.load import dial, get, one, post, read_answer
+
+pytestmark = pytest.mark.timed
 
 CLIENTS = 200
 

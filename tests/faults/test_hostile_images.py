@@ -119,6 +119,7 @@ def test_bombs(fake: Start, figure: Figure) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_costly_files(real: Start, figure: Figure) -> None:
     """What costs the most takes 2 s of CPU at most, and /livez goes on answering meanwhile."""
     files = costly(Settings().max_upload_bytes)

@@ -22,6 +22,8 @@ from tests.faults.load import (
 )
 from tests.processes import Server
 
+pytestmark = pytest.mark.timed
+
 CLIENTS = 500
 HEAD = b"POST /classify HTTP/1.1\r\nHost: test\r\nContent-Type: image/jpeg\r\n"
 BODY_HEAD = HEAD + b"Content-Length: 100000\r\n\r\n"
