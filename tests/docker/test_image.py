@@ -87,7 +87,7 @@ def test_holds_nothing_that_serving_does_not_need(image: Image) -> None:
     unwanted = [f"{name}*" for name in ("torch", "model_export", "onnx-", "pip", "setuptools")]
     assert [found for name in unwanted for found in image.packages.glob(name)] == []
     assert [found for found in image.packages.rglob("tests") if found.is_dir()] == []
-    assert list(image.packages.rglob("*.npz")) == []
+    assert list(image.packages.rglob("*.safetensors")) == []
     programs = {found.name for found in image.files.glob("*/bin/*")}
     assert programs.isdisjoint({"gcc", "cc", "g++", "make", "pip", "pip3"})
     assert not (image.files / "src").exists()

@@ -22,30 +22,36 @@ MODELS = Path(__file__).parents[2] / "app" / "models"
 TINY = FIXTURES / "google_tiny.npz"
 
 
-def embedded(output: Path, *flags: str) -> list[str]:
-    """Return the command that exports the embedded checkpoint with `flags`."""
-    command = ["convert", str(MODELS / "mixer_cifar10.npz"), "-o", str(output)]
-    return [*command, "--labels", str(MODELS / "cifar10.txt"), "--crop-pct", "1", *flags]
+def cifar10(output: Path, *flags: str) -> list[str]:
+    """Return the command that exports a checkpoint of 32 epochs on CIFAR-10 with `flags`."""
+    command = ["convert", str(FIXTURES / "mixer_cifar10.npz"), "-o", str(output)]
+    return [*command, "--labels", str(FIXTURES / "cifar10.txt"), "--crop-pct", "1", *flags]
+
+
+@pytest.fixture(scope="module")
+def float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return that checkpoint as it is."""
+    output = tmp_path_factory.mktemp("float32") / "float32.onnx"
+    assert main(cifar10(output)) == 0
+    return output
 
 
 @pytest.fixture(scope="module")
 def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the embedded model in int8."""
+    """Return it in int8."""
     output = tmp_path_factory.mktemp("int8") / "int8.onnx"
-    assert main(embedded(output, "--precision", "int8")) == 0
+    assert main(cifar10(output, "--precision", "int8")) == 0
     return output
 
 
-def test_int8_is_a_quarter_of_the_size(int8: Path) -> None:
+def test_int8_is_a_quarter_of_the_size(int8: Path, float32: Path) -> None:
     """The int8 file is at most 0.3 of the float one."""
-    assert int8.stat().st_size < 0.3 * (MODELS / "mixer-cifar10.onnx").stat().st_size
+    assert int8.stat().st_size < 0.3 * float32.stat().st_size
 
 
-def test_int8_answers_as_float_does(int8: Path) -> None:
+def test_int8_answers_as_float_does(int8: Path, float32: Path) -> None:
     """Over pictures that the exporter did not see, int8 agrees with float on at least 97 %."""
-    session, baseline = (
-        onnxruntime.InferenceSession(path) for path in (int8, MODELS / "mixer-cifar10.onnx")
-    )
+    session, baseline = (onnxruntime.InferenceSession(path) for path in (int8, float32))
     card, _ = read_metadata(session.get_modelmeta().custom_metadata_map)
     pictures = photo_like(300, card.preprocessing, 77)
     loss = verify.lose(verify.logits_of(baseline, pictures), verify.logits_of(session, pictures))
@@ -69,7 +75,7 @@ def test_server_takes_an_int8_model(int8: Path) -> None:
 
 def test_table_shows_what_int8_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The report has size, logits, agreement and latency of both precisions."""
-    assert main(embedded(tmp_path / "m.onnx", "--precision", "int8")) == 0
+    assert main(cifar10(tmp_path / "m.onnx", "--precision", "int8")) == 0
     report = capsys.readouterr().out
     for row in ("file size", "max |Δlogit|", "top-1 agreement", "latency, this CPU"):
         assert row in report
@@ -80,7 +86,7 @@ def test_too_little_agreement_writes_nothing(
 ) -> None:
     """Below --min-agreement nothing is written, and the line says how many agreed."""
     flags = ["--precision", "int8", "--min-agreement", "1.01"]
-    assert main(embedded(tmp_path / "m.onnx", *flags)) == 1
+    assert main(cifar10(tmp_path / "m.onnx", *flags)) == 1
     assert list(tmp_path.iterdir()) == []
     message = capsys.readouterr().err
     assert "with block" in message
