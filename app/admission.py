@@ -121,8 +121,11 @@ class Admission:
         self.body_bytes += count
 
     def _check_budget(self) -> None:
-        # One more than waits: an arrival counts itself. On an idle service it does not wait at all.
-        wait_s = self._latency.wait_s(self.images + 1) if self.images else 0.0
+        # Two batches are always taken: one in the engine, one to go on with at once. A large model
+        # that needs longer for them than the budget would else never see a full one.
+        if self.images < 2 * self._settings.max_batch:
+            return
+        wait_s = self._latency.wait_s(self.images + 1)  # an arrival counts itself
         if wait_s * 1000 > self._settings.queue_budget_ms * _HEADROOM:
             raise self._full("The queue is too long.", "queue-budget")
 

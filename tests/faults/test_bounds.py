@@ -91,6 +91,13 @@ def test_images(fake: Start, figure: Figure) -> None:
         assert 20 <= statuses.count(200) <= 24
 
 
+def test_two_batches_of_a_slow_model(fake: Start) -> None:
+    """Two batches are taken even where the model needs longer for them than the budget."""
+    with fake(batch_ms=300, max_batch=4, queue_budget_ms=50) as server:
+        answers = closed_loop(server.url, [post(make_image())], 8, 0.2)
+        assert [answer.status for answer in answers] == [200] * 8
+
+
 def test_connections(fake: Start, figure: Figure) -> None:
     """The connection beyond `max_connections` is told so and closed; then others may come."""
     with fake(max_connections=20) as server:
