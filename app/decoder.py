@@ -90,7 +90,7 @@ def serve(link: socket.socket) -> None:
             return  # the service is gone
 
 
-def send(link: socket.socket, *parts: bytes | memoryview) -> None:
+def send(link: socket.socket, *parts: bytes) -> None:
     """Send one message.
 
     Raises:
