@@ -16,6 +16,10 @@ from app.settings import Settings
 # What is predicted is a middle; on a busy machine one in a hundred waits a third longer, and shall
 # still be within the budget.
 _HEADROOM = 0.7
+# So many batches are always taken, one of them in the engine. A large model on a CPU may need
+# longer for two than the budget is long: it would never see a full batch, and refused clients that
+# come again at once would take the very cores that it runs on.
+_BATCHES_TAKEN = 4
 
 
 class Admission:
@@ -121,9 +125,7 @@ class Admission:
         self.body_bytes += count
 
     def _check_budget(self) -> None:
-        # Two batches are always taken: one in the engine, one to go on with at once. A large model
-        # that needs longer for them than the budget would else never see a full one.
-        if self.images < 2 * self._settings.max_batch:
+        if self.images < _BATCHES_TAKEN * self._settings.max_batch:
             return
         wait_s = self._latency.wait_s(self.images + 1)  # an arrival counts itself
         if wait_s * 1000 > self._settings.queue_budget_ms * _HEADROOM:

@@ -79,7 +79,8 @@ class Settings(BaseModel):
         ge=1,
         le=3_600_000,
         description="longest predicted wait; what would wait longer is refused with 429, since a "
-        "client that waits a second is better off at another replica; two batches are always taken",
+        "client that waits a second is better off at another replica; "
+        "four batches are always taken",
     )
     request_timeout_ms: int = Field(
         default=10_000,

@@ -38,7 +38,7 @@ class Job:
 class Result:
     """What came of it."""
 
-    seconds: float = 0.0
+    seconds: float = 0.0  # a closed loop's end with its last answer, so that no part batch counts
     statuses: dict[int, int] = field(default_factory=dict)
     latencies_ms: list[float] = field(default_factory=list)  # of answers with status 200
     unanswered: int = 0
@@ -108,6 +108,7 @@ class Load:
         self._idle: list[Connection] = []
         self._waiting: deque[float] = deque()  # due times of what no connection was free for
         self._stop_at = 0.0
+        self._last_in_time: float | None = None
         self._under_way = 0
 
     async def run(self) -> Result:
@@ -124,7 +125,7 @@ class Load:
             for connection in connections:
                 self._send(connection, time.perf_counter())
             await asyncio.sleep(self._job.seconds)
-        self._result.seconds = time.perf_counter() - start
+        self._result.seconds = (self._last_in_time or time.perf_counter()) - start
         give_up = time.perf_counter() + PATIENCE_S
         while (self._under_way or self._waiting) and time.perf_counter() < give_up:  # noqa: ASYNC110 - an event would cost every answer a check
             await asyncio.sleep(0.01)
@@ -165,6 +166,8 @@ class Load:
         statuses[status] = statuses.get(status, 0) + 1
         if status == 200 and (self._job.rate or now <= self._stop_at):
             self._result.latencies_ms.append((now - connection.due) * 1000)
+            if not self._job.rate:
+                self._last_in_time = now
         if self._job.rate:
             if self._waiting:
                 self._send(connection, self._waiting.popleft())

@@ -82,6 +82,10 @@ def _closed(measured: Figures) -> list[str]:
             f"{one['failed'] + sixteen['failed'] + many['failed']:.0f}",
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if OURS.name in servers:
+        ours = servers[OURS.name]["closed"]
+        shares = [f"{ours[n]['per_s'] / bare['model']['per_s']:.2f}" for n in ("16", "64")]
+        lines += ["", "{} ÷ the model by itself: {} at 16, {} at 64.".format(OURS.name, *shares)]
     return lines
 
 

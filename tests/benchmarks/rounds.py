@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tests.benchmarks.processes import ROOT, BenchmarkError, install, installed_
 FOLDER = ROOT / ".bench"
 CONNECTIONS = (1, 16, 64)
 MAX_BATCH = 16
+MIN_BATCHES = 20  # in one load: the first and the last of a large model would else matter
 BARE_BATCHES = ("1", "2", "4", "8", "16")
 
 
@@ -37,7 +38,7 @@ class Plan:
     photos: Path
     threads: int
     rounds: int
-    seconds: float  # of one load
+    seconds: float  # of one load, where `MIN_BATCHES` do not take longer
     rates: tuple[float, ...]  # of the open loop, as shares of the fastest server's throughput
 
 
@@ -68,7 +69,10 @@ class Rounds:
             for name in plan.models:
                 variables = self._variables(name)
                 bench = Bench(environments, bodies, self._photos[0], variables, plan.seconds)
-                measured[name] = self._closed(name, bench)
+                self._step(f"{name}: bare work")
+                bare = self._bare(bench)
+                seconds = max(plan.seconds, MIN_BATCHES * MAX_BATCH / bare["model"]["per_s"])
+                measured[name] = self._closed(name, replace(bench, seconds=seconds), bare)
                 # An hour's figures, should a server break in what follows.
                 (FOLDER / "closed.json").write_text(json.dumps(measured, indent=1))
             variables = self._variables(plan.models[0])
@@ -82,9 +86,8 @@ class Rounds:
                 **self._open(bench, [round(share * fastest) for share in plan.rates]),
             }
 
-    def _closed(self, name: str, bench: Bench) -> Figures:
-        self._step(f"{name}: bare work")
-        bare = [self._bare(bench)]
+    def _closed(self, name: str, bench: Bench, before: Figures) -> Figures:
+        bare = [before]
         visits: dict[str, list[Figures]] = {server.name: [] for server in self._plan.servers}
         for number in range(self._plan.rounds):
             for server in self._in_turn(number):

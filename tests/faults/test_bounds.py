@@ -91,11 +91,11 @@ def test_images(fake: Start, figure: Figure) -> None:
         assert 20 <= statuses.count(200) <= 24
 
 
-def test_two_batches_of_a_slow_model(fake: Start) -> None:
-    """Two batches are taken even where the model needs longer for them than the budget."""
+def test_four_batches_of_a_slow_model(fake: Start) -> None:
+    """Four batches are taken even where the model needs longer for them than the budget."""
     with fake(batch_ms=300, max_batch=4, queue_budget_ms=50) as server:
-        answers = closed_loop(server.url, [post(make_image())], 8, 0.2)
-        assert [answer.status for answer in answers] == [200] * 8
+        answers = closed_loop(server.url, [post(make_image())], 16, 0.2)
+        assert [answer.status for answer in answers] == [200] * 16
 
 
 def test_connections(fake: Start, figure: Figure) -> None:
