@@ -43,9 +43,10 @@ class Engine(Protocol):
 class OnnxEngine:
     """One ONNX Runtime session over a self-describing model file.
 
-    On the CPU a batch is shared out among `threads`; too few images of a large model for that are
-    inferred with all of them together. On a GPU a batch runs in buckets of up to `max_batch`, each
-    with fixed buffers and, on CUDA, a captured graph; `bucketed` makes the CPU do so, for tests.
+    On the CPU a batch is shared out among `threads`; what is left of a large model's images, fewer
+    than threads, is inferred with all of them together. On a GPU a batch runs in buckets of up to
+    `max_batch`, each with fixed buffers and, on CUDA, a captured graph; `bucketed` makes the CPU do
+    so, for tests.
 
     Raises:
         StartupError: the file, its card, the device or the golden sample does not hold.
@@ -71,29 +72,22 @@ class OnnxEngine:
         except CardError as error:
             raise StartupError(f"MIXER_MODEL={path}: {error}") from error
         self._check_signature(path)
-        self._threads = threads
-        self._shares: Shares | None = None
-        self._buckets: Buckets | None = None
+        self._batches: Buckets | Shares
         if self.provider != CPU:
-            self._buckets = Buckets(self._session, max_batch, "cuda", pin)
+            self._batches = Buckets(self._session, max_batch, "cuda", pin)
         elif bucketed:
-            self._buckets = Buckets(self._session, max_batch, "cpu", leave_pageable)
-        elif threads > 1:
-            narrow = _open_on_cpu(path, 1)
-            self._shares = Shares(narrow, threads)
-            if self.card.parameters * self.card.preprocessing.tokens < _SMALL:
+            self._batches = Buckets(self._session, max_batch, "cpu", leave_pageable)
+        else:
+            tokens = self.card.preprocessing.tokens
+            narrow = _open_on_cpu(path, 1) if threads > 1 else self._session
+            if self.card.parameters * tokens < _SMALL:
                 self._session = narrow
-                self._threads = 1
+            self._batches = Shares(narrow, self._session, threads, tokens)
         self._check_golden(path, max_batch)
 
     def run(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return logits float32 [batch, classes] for patches uint8 [batch, tokens, P·P·3]."""
-        if self._buckets is not None:
-            return self._buckets.run(patches)
-        if self._shares is not None and len(patches) >= self._threads:
-            return self._shares.run(patches)
-        logits: NDArray[np.float32] = self._session.run(["logits"], {"patches": patches})[0]
-        return logits
+        return self._batches.run(patches)
 
     def _check_signature(self, path: Path) -> None:
         preprocessing = self.card.preprocessing

@@ -26,6 +26,7 @@ class Bench:
     photo: bytes
     variables: dict[str, str]  # BENCH_… for every server
     seconds: float  # of one load
+    long_seconds: float  # of one that fills batches, which a large model takes long for
 
 
 def closed_loops(bench: Bench, server: Server, connections: tuple[int, ...]) -> Figures:
@@ -77,7 +78,7 @@ def _load(
         "port": target.port,
         "head": server.head(target.port),
         "bodies": [str(path) for path in bench.bodies[server.name]],
-        "seconds": seconds or bench.seconds,
+        "seconds": seconds or (bench.seconds if connections == 1 else bench.long_seconds),
         "connections": connections,
         "rate": rate,
     }

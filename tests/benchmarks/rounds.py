@@ -67,16 +67,14 @@ class Rounds:
             bodies = {s.name: self._write_bodies(s, Path(scratch)) for s in plan.servers}
             measured = {}
             for name in plan.models:
-                variables = self._variables(name)
-                bench = Bench(environments, bodies, self._photos[0], variables, plan.seconds)
+                bench = self._bench(environments, bodies, name)
                 self._step(f"{name}: bare work")
                 bare = self._bare(bench)
                 seconds = max(plan.seconds, MIN_BATCHES * MAX_BATCH / bare["model"]["per_s"])
-                measured[name] = self._closed(name, replace(bench, seconds=seconds), bare)
+                measured[name] = self._closed(name, replace(bench, long_seconds=seconds), bare)
                 # An hour's figures, should a server break in what follows.
                 (FOLDER / "closed.json").write_text(json.dumps(measured, indent=1))
-            variables = self._variables(plan.models[0])
-            bench = Bench(environments, bodies, self._photos[0], variables, plan.seconds)
+            bench = self._bench(environments, bodies, plan.models[0])
             found = measured[plan.models[0]]["servers"].values()
             fastest = max(figures["closed"]["16"]["per_s"] for figures in found)
             return {
@@ -143,6 +141,13 @@ class Rounds:
 
     def _in_turn(self, number: int) -> list[Server]:
         return self._plan.servers[:: -1 if number % 2 else 1]
+
+    def _bench(
+        self, environments: dict[str, Path], bodies: dict[str, list[Path]], name: str
+    ) -> Bench:
+        seconds = self._plan.seconds
+        variables = self._variables(name)
+        return Bench(environments, bodies, self._photos[0], variables, seconds, seconds)
 
     def _variables(self, name: str) -> dict[str, str]:
         path = models.model_file(name, FOLDER / "models")
