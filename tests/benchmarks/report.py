@@ -61,7 +61,7 @@ def _closed(measured: Figures) -> list[str]:
     lines = [
         f"Bare work: {bare['batched']['cpu_ms']:.2f} ms of CPU an image at batch "
         f"{bare['best_batch']:g}, {bare['single']['p50_ms']:.2f} ms alone; the model by itself "
-        f"{bare['model']['per_s']:.0f} images/s.",
+        f"{_rate(bare['model']['per_s'])} images/s.",
         "",
         "| server | CPU ms/request | ÷ bare | requests/s at 16 | ÷ best peer | at 64 | ÷ best peer "
         "| p50 ms at 1 | − bare ms | p99 ms at 64 | failed |",
@@ -72,9 +72,9 @@ def _closed(measured: Figures) -> list[str]:
         cells = [
             f"{sixteen['cpu_ms']:.2f}",
             f"{sixteen['cpu_ms'] / bare['batched']['cpu_ms']:.2f}",
-            f"{sixteen['per_s']:.0f}",
+            _rate(sixteen["per_s"]),
             _ratio(sixteen["per_s"], best["16"]),
-            f"{many['per_s']:.0f}",
+            _rate(many["per_s"]),
             _ratio(many["per_s"], best["64"]),
             f"{one['p50_ms']:.2f}",
             f"{one['p50_ms'] - bare['single']['p50_ms']:.2f}",
@@ -87,6 +87,10 @@ def _closed(measured: Figures) -> list[str]:
         shares = [f"{ours[n]['per_s'] / bare['model']['per_s']:.2f}" for n in ("16", "64")]
         lines += ["", "{} ÷ the model by itself: {} at 16, {} at 64.".format(OURS.name, *shares)]
     return lines
+
+
+def _rate(per_s: float) -> str:
+    return f"{per_s:.0f}" if per_s >= 100 else f"{per_s:.1f}"
 
 
 def _ratio(value: float, base: float) -> str:
