@@ -4,9 +4,12 @@ Nothing here needs torch.
 """
 
 import hashlib
+import lzma
+import os
 import tarfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -41,14 +44,11 @@ def find(path: Path) -> Listing:
     files, folders = walk(path)
     if not files:
         raise ExportError(f"{path}: is empty")
-    root = _root(files)
-    splits = {name.parts[len(root)] for name in files if len(name.parts) > len(root) + 1}
-    if _TRAIN in splits:
-        train = (*root, _TRAIN)
-        test = next(((*root, part) for part in _TEST if part in splits), None)
-    else:
-        train, test = root, None
+    train, test = _splits(files)
     classes = {name.parts[len(train)] for name in folders if _inside(name, train)}
+    for name in sorted(classes):
+        if any("\ud800" <= sign <= "\udfff" for sign in name):  # stand for bytes that are no UTF-8
+            raise ExportError(f"{path}: the folder {name!a} has no name that can be written")
     if len(classes) < 2:
         raise ExportError(
             f"{path}: expected a folder for each of two or more classes, found "
@@ -69,8 +69,10 @@ def split(listing: Listing, share: float, seed: int) -> Listing:
     """Move `share` of each class, at least one picture, from train to test.
 
     Raises:
-        ExportError: a class has a single picture.
+        ExportError: no such share, or a class has a single picture.
     """
+    if not 0 < share < 1:
+        raise ExportError(f"--val-split {share:g}: expected a share between 0 and 1")
     rng = np.random.default_rng(seed)
     test: set[int] = set()
     labels = np.array([label for _, label in listing.train])
@@ -99,7 +101,7 @@ def walk(path: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
         return _walk_folder(path) if path.is_dir() else _walk_tar(path)
     except FileNotFoundError as error:
         raise ExportError(f"{path}: no such folder or tar") from error
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, lzma.LZMAError, OSError, EOFError) as error:
         reason = str(error).partition("\n")[0]
         raise ExportError(f"{path}: not a readable folder or tar ({reason})") from error
 
@@ -110,30 +112,78 @@ def read(path: Path, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
         for name in names:
             yield name, (path / name).read_bytes()
         return
+    files, _ = _members(path, path.stat().st_mtime_ns)
+    wanted = [(str(name), member) for name, member in files.items() if str(name) in names]
     with tarfile.open(path) as archive:
-        for member in archive:
-            name = str(PurePosixPath(member.name))  # without a leading ./
-            file = archive.extractfile(member) if name in names else None
+        for name, member in sorted(wanted, key=lambda pair: pair[1].offset_data):
+            file = archive.extractfile(member)
             if file is not None:
                 yield name, file.read()
 
 
+def measured(path: Path) -> dict[PurePosixPath, str]:
+    """Return the pictures to measure on, by name, each with its class.
+
+    Those are in the split for tests where there is one, else in that to train on.
+
+    Raises:
+        ExportError: `path` is missing or cannot be read.
+    """
+    files, _ = walk(path)
+    train, test = _splits(files)
+    folder = test or train
+    depth = len(folder)
+    inside = (name for name in files if _inside(name, folder) and len(name.parts) > depth + 1)
+    return {name: name.parts[depth] for name in inside}
+
+
 def _walk_folder(path: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
-    found = sorted(path.rglob("*"))
-    named = [(item, PurePosixPath(item.relative_to(path).as_posix())) for item in found]
-    return (
-        _visible(name for item, name in named if item.is_file()),
-        _visible(name for item, name in named if item.is_dir()),
-    )
+    files, folders = [], []
+    pending = [(path, frozenset({os.path.realpath(path)}))]
+    while pending:
+        folder, above = pending.pop()
+        for item in folder.iterdir():
+            name = PurePosixPath(item.relative_to(path).as_posix())
+            if item.is_file():
+                files.append(name)
+            elif item.is_dir():
+                folders.append(name)
+                if (real := os.path.realpath(item)) not in above:  # else a link round in a circle
+                    pending.append((item, above | {real}))
+    return _visible(sorted(files)), _visible(sorted(folders))
 
 
 def _walk_tar(path: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
+    members, folders = _members(path, path.stat().st_mtime_ns)
+    files = _visible(sorted(members, key=str))
+    everywhere = folders.union(*(name.parents for name in files))
+    return files, _visible(sorted(everywhere))
+
+
+@lru_cache(maxsize=1)
+def _members(
+    path: Path, changed_ns: int
+) -> tuple[dict[PurePosixPath, tarfile.TarInfo], set[PurePosixPath]]:
+    """Return a tar's files and folders, listed once for each change of it.
+
+    Of a name that is there twice the last one counts, as in unpacking; a link stands for its file.
+    """
+    del changed_ns
+    files: dict[PurePosixPath, tarfile.TarInfo] = {}
+    folders: set[PurePosixPath] = set()
     with tarfile.open(path) as archive:
-        members = sorted(archive.getmembers(), key=lambda member: member.name)
-    files = _visible(PurePosixPath(m.name) for m in members if m.isfile())
-    folders = {PurePosixPath(m.name) for m in members if m.isdir()}
-    folders |= {parent for name in files for parent in name.parents}
-    return files, _visible(sorted(folders))
+        for member in archive.getmembers():
+            name = PurePosixPath(member.name)  # without a leading ./
+            if member.isfile():
+                files[name] = member
+            elif member.isdir():
+                folders.add(name)
+            elif member.islnk() or member.issym():
+                beside = PurePosixPath() if member.islnk() else name.parent
+                target = PurePosixPath(os.path.normpath(beside / member.linkname))
+                if target in files:
+                    files[name] = files[target]
+    return files, folders
 
 
 def _visible(names: Iterable[PurePosixPath]) -> list[PurePosixPath]:
@@ -149,6 +199,20 @@ def _root(files: list[PurePosixPath]) -> tuple[str, ...]:
         if len(tops) > 1 or tops == {_TRAIN} or not deep:
             return root
         root = (*root, *tops)
+
+
+def _splits(files: list[PurePosixPath]) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """Return the folder of the classes to train on, and that to test on, if there is one.
+
+    A split holds class folders: a `test/` of loose pictures without labels is none.
+    """
+    root = _root(files)
+    depth = len(root)
+    nested = {name.parts[depth] for name in files if len(name.parts) > depth + 2}
+    tops = {name.parts[depth] for name in files if len(name.parts) > depth + 1}
+    if _TRAIN in nested or (_TRAIN in tops and tops <= {_TRAIN, *_TEST}):
+        return (*root, _TRAIN), next(((*root, part) for part in _TEST if part in nested), None)
+    return root, None
 
 
 def _inside(name: PurePosixPath, folder: tuple[str, ...]) -> bool:

@@ -93,11 +93,13 @@ def load(
     bad = {one.name for one in skipped}
     pictures = [_keep(array, part, bad) for array, part in zip(arrays, names, strict=True)]
     filled = set(pictures[0].labels.tolist())
+    labels = dict(listing.train)
     for index, name in enumerate(listing.classes):
         if index not in filled:
+            first = next(one for one in skipped if labels.get(one.name) == index)
             raise ExportError(
                 f"{listing.path}: class {name} has no readable picture to train on "
-                f"({skipped[0].name}: {skipped[0].reason})"
+                f"({first.name}: {first.reason})"
             )
     return pictures[0], pictures[1], skipped
 

@@ -112,10 +112,11 @@ def draw_confusion(confusion: NDArray[np.int64], labels: tuple[str, ...], title:
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="answer", ylabel="truth", title=title)
+    axes.set(xlabel="answer", ylabel="truth")
+    axes.set_title(title, parse_math=False)  # names may hold a $
     if len(labels) <= 30:  # more names would not be legible
-        axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
-        axes.set_yticks(range(len(labels)), labels)
+        axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right", parse_math=False)
+        axes.set_yticks(range(len(labels)), labels, parse_math=False)
         for row, column in np.ndindex(*shares.shape):
             color = "white" if shares[row, column] > 0.5 else "black"
             count = str(confusion[row, column])

@@ -16,8 +16,6 @@ from model_export.errors import ExportError
 
 MAX_PIXELS: int = Settings.model_fields["max_pixels"].default  # what the server takes
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-# Where a data set comes whole, these of its folders are the ones to measure on.
-_SPLITS = ("test", "val", "validation")
 _CALIBRATION_PICTURES = 256  # more of them hardly move the ranges
 
 
@@ -39,17 +37,13 @@ class ImageFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        files, _ = dataset.walk(path)
-        names = [name for name in files if name.suffix.lower() in _SUFFIXES]
-        names = [name for name in names if len(name.parts) >= 2]
-        splits = {name.parts[-3] for name in names if len(name.parts) >= 3}
-        split = next((part for part in _SPLITS if part in splits), None)
-        if split is not None:
-            names = [name for name in names if name.parts[-3:-2] == (split,)]
-        if not names:
+        found = dataset.measured(path).items()
+        self._wanted = {
+            str(name): folder for name, folder in found if name.suffix.lower() in _SUFFIXES
+        }
+        if not self._wanted:
             raise ExportError(f"{path}: holds no pictures in a folder per class")
-        self._wanted = {str(name): name.parent.name for name in names}
-        self.folders = sorted({name.parent.name for name in names})
+        self.folders = sorted(set(self._wanted.values()))
 
     def __len__(self) -> int:
         """Count the pictures."""

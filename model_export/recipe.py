@@ -23,7 +23,7 @@ class Recipe(BaseModel):
     Where the default is not the paper's, the description says so.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     variant: Variant | None = Field(default=None, description="a model of the paper's Table 1")
     init: str | None = Field(
@@ -119,14 +119,31 @@ def load(path: Path | None, flags: dict[str, Any]) -> Recipe:
     Raises:
         ExportError: the file is missing, not TOML, or a value cannot be.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ExportError(f"--config {path}: not a readable recipe ({error})") from error
+    return check(read(path) | flags)
+
+
+def read(path: Path | None) -> dict[str, Any]:
+    """Return what a recipe file sets, nothing without one.
+
+    Raises:
+        ExportError: the file is missing or not TOML.
+    """
+    if path is None:
+        return {}
     try:
-        return Recipe.model_validate(values | flags)
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"--config {path}: not a readable recipe ({error})") from error
+
+
+def check(values: dict[str, Any]) -> Recipe:
+    """Return the recipe of these values.
+
+    Raises:
+        ExportError: one of them cannot be.
+    """
+    try:
+        return Recipe.model_validate(values)
     except ValidationError as error:
         raise ExportError(f"recipe: {_plain(error.errors()[0])}") from error
 

@@ -46,7 +46,10 @@ class RunFolder:
     def __init__(self, path: Path, *, resume: bool) -> None:
         self.path = path
         if resume and not (path / STATE).is_file():
-            raise ExportError(f"--resume: {path} holds no run ({STATE} is missing)")
+            raise ExportError(
+                f"--resume: {path} holds no run that has begun ({STATE} is missing); "
+                "start it without --resume"
+            )
         if not resume and (path / STATE).exists():
             raise ExportError(f"{path} holds a run: --resume goes on with it, or choose another -o")
         path.mkdir(parents=True, exist_ok=True)
@@ -102,7 +105,8 @@ class RunFolder:
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a whole file."""
-        data = content.encode() if isinstance(content, str) else content
+        # A file's name may be no UTF-8.
+        data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
         self._replace(name, lambda file: file.write(data))
 
     def _replace(self, name: str, fill: Callable[[BinaryIO], object]) -> None:

@@ -5,6 +5,7 @@ gives an exported model other classes from a few pictures of each, within second
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -28,6 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ExportError, OSError) as error:
         sys.stderr.write(f"mixer-train: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("mixer-train: stopped before anything was trained\n")
+        return _SIGNALLED + signal.SIGINT
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ class About:
     train: int  # pictures
     test: int
     skipped: list[Skipped]
+    val_split: float | None  # the share set aside to test on, where the data had no such split
 
 
 def write(trainer: Trainer, measured: Measured, folder: RunFolder, about: About) -> None:
@@ -69,6 +70,7 @@ def _card(trainer: Trainer, measured: Measured, folder: RunFolder, about: About)
         for label, share, count in zip(about.classes, shares, counts, strict=True)
     )
     skipped = f", {len(about.skipped)} files skipped as unreadable" if about.skipped else ""
+    share = "" if about.val_split is None else f" --val-split {about.val_split:g}"
     shown = ", ".join(about.classes[:_NAMED]) + (", …" if len(about.classes) > _NAMED else "")
     fed = trainer.preprocessing
     return f"""# {name}
@@ -91,15 +93,15 @@ Training figures are of augmented, mixed images, so they may lie below the test 
 
 ## Per class
 
-| class | accuracy | **{measured.accuracy:.2%}** on the test pictures (loss {measured.loss:.4f}) |
-|---|---|---|
+| class | accuracy | test pictures |
+|---|---:|---:|
 {rows}
 
 ![Confusion matrix](confusion.png)
 
 ## Recipe
 
-`mixer-train DATA -o run --config recipe.toml` repeats the run.
+`mixer-train DATA -o run --config recipe.toml{share}` repeats the run.
 
 ```toml
 {recipe.to_toml(rules)}```

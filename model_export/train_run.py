@@ -48,6 +48,8 @@ def train(request: Request) -> int | None:
     Raises:
         ExportError: the data, the recipe or the run folder does not allow it.
     """
+    if request.threads < 1:
+        raise ExportError(f"--threads {request.threads}: expected 1 or more")
     torch.set_num_threads(request.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     listing = dataset.find(request.data)
@@ -58,7 +60,8 @@ def train(request: Request) -> int | None:
     else:
         state = None
         rules = recipe.load(request.config, request.flags)
-    listing = _with_test(listing, request.val_split or (state or {}).get("val_split"), rules)
+    share = (state or {}).get("val_split") if request.val_split is None else request.val_split
+    listing = _with_test(listing, share, rules)
     if state is None:
         folder = RunFolder(request.output, resume=False)
         model, preprocessing = train_model.build(rules, len(listing.classes))
@@ -74,13 +77,18 @@ def train(request: Request) -> int | None:
     facts = {
         "recipe": recipe.to_toml(rules),
         "data": listing.digest(),
-        "val_split": request.val_split or (state or {}).get("val_split"),
+        "val_split": share,
         "threads": request.threads,
         "compile": request.compile,
         "bfloat16": trainer.update.bfloat16,
     }
     about = train_report.About(
-        request.data.name, listing.classes, len(pictures[0]), len(pictures[1]), pictures[2]
+        request.data.name,
+        listing.classes,
+        len(pictures[0]),
+        len(pictures[1]),
+        pictures[2],
+        share,
     )
     return _loop(trainer, folder, facts, about)
 
@@ -97,6 +105,8 @@ def _loop(
         folder.save_state({**facts, "trainer": trainer.state()})  # last: what it needs is there
 
     with _signals() as caught, _bar(trainer) as bar:
+        if trainer.step == 0:
+            save()  # whatever ends the first epoch early, --resume goes on
         while trainer.step < trainer.steps:
             trainer.take_step()
             bar.update(trainer.batch)
@@ -136,8 +146,9 @@ def _resumed_recipe(request: Request, state: dict[str, Any]) -> Recipe:
     """Return the run's own recipe; flags and --config may repeat it, but not change it."""
     saved = Recipe.model_validate(tomllib.loads(state["recipe"]))
     if request.flags or request.config is not None:
-        asked = recipe.load(request.config, request.flags)
-        for name in sorted(asked.model_fields_set):
+        given = recipe.read(request.config) | request.flags
+        asked = recipe.check(saved.model_dump() | given)
+        for name in sorted(given):
             if getattr(asked, name) != getattr(saved, name):
                 raise ExportError(
                     f"--resume: the run has {name} {getattr(saved, name)}, not "

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from app.model_card import Preprocessing
 from model_export import augment
 from model_export.decoded import MEMORY_BYTES, Pictures
+from model_export.errors import ExportError
 from model_export.mixer import Mixer
 from model_export.randaugment import randaugment
 from model_export.recipe import Recipe
@@ -114,6 +115,11 @@ class Trainer:
         running = self.running
         loss, accuracy = running.means()
         measured = self.measure()
+        if not math.isfinite(loss + measured.loss):
+            raise ExportError(
+                f"epoch {self.epoch} ends with a loss of {loss:g}: the run has diverged, and keeps "
+                f"what it had before; start another with less than --lr {self.recipe.lr:g}"
+            )
         self.history.append(
             {
                 "epoch": self.epoch,

@@ -82,6 +82,8 @@ def test_model_card_states_data_recipe_accuracy_limits(run: Path) -> None:
     assert (run / "recipe.toml").read_text() in card
     assert f"**{float(metrics(run)[-1]['test_accuracy']):.2%}**" in card
     assert "## Limits" in card
+    assert "| class | accuracy | test pictures |" in card
+    assert "| red | " in card
     assert str(run.parent) not in card
 
 
@@ -126,7 +128,8 @@ def test_killed_run_resumes_exactly(whole: Path, images: Path, tmp_path: Path) -
     command = [sys.executable, "-m", "model_export.train", str(images), "-o", str(killed), *LONG]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     give_up = time.monotonic() + TIMEOUT_S
-    while not (killed / "state.pt").is_file() and time.monotonic() < give_up:
+    while not (killed / "metrics.csv").is_file() or not metrics(killed):
+        assert time.monotonic() < give_up
         time.sleep(0.005)
     process.kill()
     assert process.wait(TIMEOUT_S) == -signal.SIGKILL
@@ -135,6 +138,70 @@ def test_killed_run_resumes_exactly(whole: Path, images: Path, tmp_path: Path) -
     weights = "model.safetensors"
     assert (killed / weights).read_bytes() == (whole / weights).read_bytes()
     assert metrics(killed) == metrics(whole)
+
+
+def test_run_killed_in_its_first_epoch_resumes(
+    whole: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ends before its first epoch does goes on, too, to the same weights."""
+
+    def die(_: trainer.Trainer) -> None:
+        raise OSError("the machine is gone")
+
+    killed = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "take_step", die)
+        assert main([str(images), "-o", str(killed), *LONG]) == 1
+    assert main([str(images), "-o", str(killed), *LONG, "--resume"]) == 0
+    weights = "model.safetensors"
+    assert (killed / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_diverged_run_keeps_what_it_had(
+    run: Path, images: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    """A run whose loss is no number any more ends with one line, and no such weights are kept."""
+    output = tmp_path / "run"
+    assert "diverged" in refusal(images, "-o", output, *QUICK, "--lr", "1e38")
+    assert metrics(output) == []
+
+
+def test_interrupt_while_decoding(
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ctrl+C before training has begun is one line and the usual exit code."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decoded, "load", interrupted)
+    assert main([str(images), "-o", str(tmp_path / "run"), *QUICK]) == 130
+    assert "before anything was trained" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", ["0", "-1", "1", "1.5", "nan"])
+def test_share_to_measure_on_is_a_share(
+    share: str, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    """A --val-split that is no share between 0 and 1 is refused."""
+    data = write_images(tmp_path / "data", 4, ("",))
+    said = refusal(data, "-o", tmp_path / "run", *QUICK, f"--val-split={share}")
+    assert "expected a share between 0 and 1" in said
+
+
+def test_classes_of_any_name(tmp_path: Path) -> None:
+    """A name that would be mathematics to the drawing library is drawn as it stands."""
+    data = write_images(tmp_path / "data", 4, ("",))
+    (data / "red").rename(data / "a$_$b")
+    output = tmp_path / "r$_$un"
+    arguments = [str(data), "-o", str(output), *QUICK, *MILD, "--epochs", "1"]
+    assert main([*arguments, "--val-split", "0.25"]) == 0
+    card = (output / "model_card.md").read_text()
+    assert "a$_$b" in card
+    assert "--config recipe.toml --val-split 0.25` repeats" in card
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -244,6 +311,7 @@ def test_runs_are_not_mixed_up(run: Path, images: Path, refusal: Callable[..., s
     assert "--resume goes on with it" in refusal(images, "-o", run, *QUICK)
     again = ("-o", run, "--resume")
     assert "epochs 3, not 4" in refusal(images, *again, "--epochs", "4")
+    assert "min_lr 0.0, not 0.005" in refusal(images, *again, "--min-lr", "0.005")
     assert "holds no run" in refusal(images, "-o", images, "--resume")
 
 
@@ -263,6 +331,8 @@ def test_resume_needs_the_same_pictures(
         (["--lr", "-1"], "lr -1.0: Input should be greater than 0"),
         (["--min-lr", "1"], "min_lr 1 is above lr 0.001"),
         (["--crop-shift", "4"], "crop_area 1 is none"),
+        (["--lr", "inf"], "lr inf: Input should be a finite number"),
+        (["--threads", "0"], "--threads 0: expected 1 or more"),
     ],
 )
 def test_impossible_recipe_is_refused(

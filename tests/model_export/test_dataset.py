@@ -1,0 +1,115 @@
+"""What is taken for the pictures and classes of a data set, however it is laid out."""
+
+import io
+import tarfile
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from model_export import dataset
+from model_export.errors import ExportError
+
+
+def lay(root: Path, *names: str) -> Path:
+    """Write files of these names, each holding its own name."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode(errors="replace"))
+    return root
+
+
+def add(
+    tar: tarfile.TarFile, name: str, data: bytes = b"", link: str = "", kind: bytes = b"0"
+) -> None:
+    """Put one member into a tar, a link if `link` says to what."""
+    member = tarfile.TarInfo(name)
+    member.size, member.linkname, member.type = len(data), link, kind
+    tar.addfile(member, io.BytesIO(data))
+
+
+def test_loose_pictures_are_no_split(tmp_path: Path) -> None:
+    """A test/ without class folders is left alone, and val/ beside it is measured on."""
+    listing = dataset.find(
+        lay(tmp_path, "train/a/1", "train/b/2", "val/a/3", "val/b/4", "test/5", "test/6")
+    )
+    assert listing.test == (("val/a/3", 0), ("val/b/4", 1))
+
+
+def test_class_may_be_named_train(tmp_path: Path) -> None:
+    """A class named train among others is a class."""
+    assert dataset.find(lay(tmp_path, "bus/1", "car/2", "train/3")).classes == (
+        "bus",
+        "car",
+        "train",
+    )
+
+
+def test_splits_without_classes_are_refused(tmp_path: Path) -> None:
+    """train/ and test/ of loose pictures are not taken for two classes."""
+    with pytest.raises(ExportError, match="two or more classes, found none"):
+        dataset.find(lay(tmp_path, "train/1", "train/2", "test/3"))
+
+
+def test_linked_folders_are_followed(tmp_path: Path) -> None:
+    """Folders that are links belong to the data set; a link round in a circle ends nowhere."""
+    lay(tmp_path / "elsewhere", "a/1", "a/2", "b/3")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "a" / "round").symlink_to(tmp_path / "elsewhere")
+    listing = dataset.find(data)
+    assert ("train/a/1", 0) in listing.train
+    assert len(listing.train) < 20
+
+
+def test_tar_counts_as_unpacked(tmp_path: Path) -> None:
+    """Of a name that a tar holds twice the last one counts, once; a link stands for its file."""
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as tar:
+        add(tar, "a/1", b"old")
+        add(tar, "b/1", b"b")
+        add(tar, "./a/1", b"new")
+        add(tar, "a/hard", link="b/1", kind=tarfile.LNKTYPE)
+        add(tar, "a/soft", link="../b/1", kind=tarfile.SYMTYPE)
+        add(tar, "a/lost", link="nowhere", kind=tarfile.SYMTYPE)
+    listing = dataset.find(path)
+    names = [name for name, _ in listing.train]
+    assert names == ["a/1", "a/hard", "a/soft", "b/1"]
+    assert dict(dataset.read(path, names)) == {
+        "a/1": b"new",
+        "b/1": b"b",
+        "a/hard": b"b",
+        "a/soft": b"b",
+    }
+    assert len(list(dataset.read(path, names))) == 4
+
+
+def test_class_without_a_writable_name_is_refused(tmp_path: Path) -> None:
+    """A folder whose name is no UTF-8 is refused before anything is trained."""
+    (tmp_path / "a").mkdir()
+    name = b"caf\xe9".decode(errors="surrogateescape")
+    lay(tmp_path, "a/1", f"{name}/2")
+    with pytest.raises(ExportError, match="no name that can be written"):
+        dataset.find(tmp_path)
+
+
+def test_truncated_archive_is_refused(tmp_path: Path) -> None:
+    """An archive that is damaged inside is one line, not a traceback."""
+    path = tmp_path / "set.tar.xz"
+    with tarfile.open(path, "w:xz") as tar:
+        for number in range(50):
+            add(tar, f"a/{number}", bytes(range(256)) * 40)
+    data = bytearray(path.read_bytes())
+    data[60:90] = bytes(30)
+    path.write_bytes(data)
+    with pytest.raises(ExportError, match="not a readable folder or tar"):
+        dataset.find(path)
+
+
+def test_measured_pictures_have_the_class_that_training_gives_them(tmp_path: Path) -> None:
+    """Pictures in folders inside a class are measured as that class."""
+    lay(tmp_path, "train/x/1", "train/y/2", "test/x/s/3", "test/y/4")
+    assert dataset.measured(tmp_path) == {
+        PurePosixPath("test/x/s/3"): "x",
+        PurePosixPath("test/y/4"): "y",
+    }
