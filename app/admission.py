@@ -100,12 +100,13 @@ class Admission:
         self._check_budget()
         left_s = deadline - time.monotonic()
         service_s = self._latency.service_s(images)
-        if service_s > left_s:
+        is_idle = self.images == 0
+        if service_s > left_s and not (is_idle and self._latency.could_do(images, left_s)):
             raise DeadlineExceeded(
                 f"The request takes about {service_s * 1000:.0f} ms and has {left_s * 1000:.0f} ms."
             )
         predicted_s = self._latency.wait_s(self.images) + service_s
-        if predicted_s > left_s:
+        if predicted_s > left_s and not is_idle:
             raise self._full("The queue is too long for the request's deadline.", "deadline")
         self.images += images
         return predicted_s

@@ -43,7 +43,8 @@ class Entry:
     An error is a result, too: one that nobody came to read would else be reported as a fault.
     """
 
-    upload: bytes  # released with the request: what waits for a thread must not outlive its count
+    # Released with the request: what waits for a thread must not outlive its count. Not for logs.
+    upload: bytes = field(repr=False)
     future: asyncio.Future[NDArray[np.float32] | Exception]  # logits [classes]
     picture: Picture = field(init=False)  # set when it is decoded
     request_id: str = ""
@@ -114,19 +115,29 @@ class Batcher:
     def _serve(self) -> None:
         give_way()
         while (batch := self._gather()) is not None:
-            if batch:
-                forming = time.perf_counter()
-                patches = np.stack([entry.picture.patches for entry in batch])
-                inferring = time.perf_counter()
-                logits = self._infer(patches)
-                inferred = time.perf_counter()
-                self._metrics.finish_batch(len(batch), inferring - forming, inferred - inferring)
-                for entry in batch:
-                    entry.inferring, entry.inferred = inferring, inferred
-                if logits is None:
-                    ids = ", ".join(entry.request_id for entry in batch)
-                    logger.error("the requests of the batch that failed: %s", ids)
-                self._loop.call_soon_threadsafe(_settle, batch, logits)
+            if not batch:
+                continue
+            logits = None
+            try:
+                logits = self._run(batch)
+            except Exception:
+                # Whatever it was, only this batch fails: the next may well pass.
+                ids = ", ".join(entry.request_id for entry in batch)
+                logger.exception("a batch of %d failed, of the requests %s", len(batch), ids)
+                self.failures += 1
+            self._loop.call_soon_threadsafe(_settle, batch, logits)
+
+    def _run(self, batch: list[Entry]) -> NDArray[np.float32]:
+        """Return logits [batch, classes], whatever the engine raises passed on."""
+        forming = time.perf_counter()
+        patches = np.stack([entry.picture.patches for entry in batch])
+        inferring = time.perf_counter()
+        logits = self._infer(patches)
+        inferred = time.perf_counter()
+        self._metrics.finish_batch(len(batch), inferring - forming, inferred - inferring)
+        for entry in batch:
+            entry.inferring, entry.inferred = inferring, inferred
+        return logits
 
     def _gather(self) -> list[Entry] | None:
         """Wait for one entry, take along what has come meanwhile; None when closed."""
@@ -160,19 +171,19 @@ class Batcher:
             except queue.Empty:
                 preprocessing = self._engine.card.preprocessing
                 shape = (1, preprocessing.tokens, preprocessing.patch_bytes)
-                self._infer(np.zeros(shape, np.uint8))
+                try:
+                    self._infer(np.zeros(shape, np.uint8))
+                except Exception:
+                    logger.exception("the engine failed on a probe")
+                    self.failures += 1
         return self._queue.get()
 
-    def _infer(self, patches: NDArray[np.uint8]) -> NDArray[np.float32] | None:
-        """Return logits [batch, classes], or None if the engine raised."""
+    def _infer(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return logits [batch, classes], and count how often in a row they were useless."""
         start = time.perf_counter()
-        try:
-            logits = self._engine.run(patches)
-        except Exception:
-            # Whatever it was, only this batch fails: the next may well pass.
-            logger.exception("the engine failed on a batch of %d", len(patches))
-            self.failures += 1
-            return None
+        logits = self._engine.run(patches)
+        if len(logits) != len(patches):
+            raise RuntimeError(f"the engine gave {len(logits)} logits for {len(patches)} images")
         self._latency.observe_batch(len(patches), time.perf_counter() - start)
         self.failures = 0 if np.isfinite(logits).any() else self.failures + 1
         return logits

@@ -19,6 +19,9 @@ EXAMPLE_IMAGE = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"
 )
 Document = TypeVar("Document", bound=BaseModel)
+# Of one document, lists and their elements included. Each costs a hundred times its bytes in memory
+# while it is parsed, and time in which the event loop waits; an image is a single one.
+MAX_MEMBERS = 100_000
 
 
 def decode_base64(text: Any) -> bytes:
@@ -87,10 +90,13 @@ def parse_document(body: bytes | memoryview, kind: type[Document]) -> Document:
 
     Raises:
         MalformedJson: not JSON.
-        InvalidParameter: not a `kind`; the detail names the member.
+        InvalidParameter: not a `kind`, or too many members; the detail names the member.
     """
+    text = bytes(body)
+    if sum(map(text.count, (b",", b"[", b"{"))) > MAX_MEMBERS:  # none of them is in base64
+        raise InvalidParameter(f"body: more than {MAX_MEMBERS:,} members.")
     try:
-        return kind.model_validate_json(bytes(body))
+        return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         message = first["msg"].removeprefix("Value error, ")

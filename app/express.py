@@ -19,12 +19,12 @@ from starlette.datastructures import Headers
 from app.access import CLIENT_GONE, FAULT, answer, report
 from app.admission import BodyBudget
 from app.batcher import Entry
-from app.errors import PROBLEM_JSON, BodyTooLarge, NotReady, Problem
+from app.errors import PROBLEM_JSON, BodyTooLarge, DeadlineExceeded, NotReady, Problem
 from app.forms import Form, RawBody
 from app.routes.classify import checked_top_k, classification
 from app.service import Service
 from app.trace import new_trace
-from app.uploads import JSON, TIMEOUT_HEADER, deadline_after, image_reader
+from app.uploads import JSON, LATE_BODY, TIMEOUT_HEADER, deadline_after, image_reader, is_longer
 
 logger = logging.getLogger(__name__)
 
@@ -149,10 +149,13 @@ class Express:
         self._deadline = deadline_after(
             self._field(_TIMEOUT) if _TIMEOUT in self._fields else None, settings
         )
+        if _TIMEOUT in self._fields:
+            # Without one, the body has its own time, and the deadline only what follows.
+            left_s = self._deadline - time.monotonic()
+            self._timer = asyncio.get_running_loop().call_later(left_s, self._be_late)
         self._top_k = checked_top_k(self._asked, service.classifier)
         self._reader = image_reader(self._field(b"content-type"), settings.queue_size)
-        declared = self._fields.get(b"content-length", b"")
-        if declared.isdigit() and int(declared) > settings.max_upload_bytes:
+        if is_longer(self._field(b"content-length"), settings.max_upload_bytes):
             raise BodyTooLarge(settings.max_upload_bytes)
 
     def _feed(self, chunk: bytes) -> None:
@@ -167,9 +170,14 @@ class Express:
         image, self._reader = self._reader.image(), _NO_BODY
         self._predicted_s = self._service.admission.admit(1, self._deadline)
         entry = self._entry = self._service.classifier.submit(image, self._trace.request_id)
+        if self._timer is not None:
+            self._timer.cancel()
         left_s = self._deadline - time.monotonic()
         self._timer = entry.future.get_loop().call_later(max(0.0, left_s), entry.release)
         entry.future.add_done_callback(lambda _: self._guard(self._collect))
+
+    def _be_late(self) -> None:
+        self.fail(DeadlineExceeded(LATE_BODY))
 
     def _collect(self) -> None:
         """Answer with what became of the image."""

@@ -45,7 +45,8 @@ class ApiKeys:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key:
             key = headers.get("x-api-key", "")
-        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        # The framework reads bytes of a header as Latin-1; the file is UTF-8.
+        digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
         # Digests are of one length, and no comparison ends early: time tells nothing of a key.
         return any([hmac.compare_digest(digest, known) for known in self._digests])  # noqa: C419 - a generator would stop at the first match
 
@@ -68,7 +69,7 @@ class ApiKeys:
         return status.st_mtime_ns, status.st_size, status.st_ino
 
     def _read(self) -> list[bytes]:
-        lines = [line.strip() for line in self._path.read_text().splitlines()]
+        lines = [line.strip() for line in self._path.read_text("utf-8-sig").splitlines()]
         keys = [line for line in lines if line and not line.startswith("#")]
         if not keys:
             raise ValueError("the file holds no key")

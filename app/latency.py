@@ -6,6 +6,7 @@ current, predicts the wait of every arrival.
 
 import io
 import time
+from copy import copy
 
 import numpy as np
 from PIL import Image
@@ -18,6 +19,8 @@ FRESHNESS = 0.2
 # A measurement counts as at most this many times what was expected: one hostile image that takes
 # seconds to decode must not have everyone after it refused.
 SURPRISE = 4.0
+# Without a batch for so long, what was measured last may no longer hold.
+RESTED_S = 1.0
 
 
 class LatencyTable:
@@ -33,9 +36,12 @@ class LatencyTable:
         self._measured: dict[int, float] = {}
         self._seconds = [0.0] * (max_batch + 1)  # by batch size, between measured ones interpolated
         self._decode_s = 0.0
+        self._observed = 0.0  # time.monotonic() seconds
+        self._calm: LatencyTable | None = None  # as it was once warm
 
     def observe_batch(self, images: int, seconds: float) -> None:
         """Take in the duration of one inference."""
+        self._observed = time.monotonic()
         self._measured[images] = _follow(self._measured.get(images, seconds), seconds)
         sizes = sorted(self._measured)
         self._seconds = np.interp(
@@ -49,6 +55,19 @@ class LatencyTable:
     def service_s(self, images: int) -> float:
         """Return the seconds that `images` take on an idle service."""
         return self._decode_s * (1 + images / self._decode_threads) + self.inference_s(images)
+
+    def stay_calm(self) -> None:
+        """Keep what is known now as what an idle service can do."""
+        self._calm = copy(self)
+
+    def could_do(self, images: int, seconds: float) -> bool:
+        """Return whether a service that has rested may manage what it lately could not.
+
+        Requests that are refused measure nothing: after slow pictures, or a slow spell of the
+        engine, those in a hurry would else be refused for ever.
+        """
+        has_rested = time.monotonic() - self._observed > RESTED_S
+        return has_rested and self._calm is not None and self._calm.service_s(images) <= seconds
 
     def wait_s(self, pending: int) -> float:
         """Return the seconds until `pending` images, all admitted before, are answered.
@@ -93,3 +112,4 @@ def warm_up(engine: Engine, max_batch: int, latency: LatencyTable) -> None:
         engine.run(patches)
         latency.observe_batch(images, time.perf_counter() - start)
         size *= 2
+    latency.stay_calm()

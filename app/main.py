@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -33,6 +35,11 @@ from app.settings import Settings
 from app.spans import exporter
 from app.uploads import TIMEOUT_HEADER
 
+logger = logging.getLogger(__name__)
+
+# After the last answer, for a batch that nobody waits for to end.
+CLOSE_S = 3.0
+
 
 def create_app(settings: Settings, engine: Engine) -> FastAPI:
     """Return the service around an engine whose golden sample has passed.
@@ -61,7 +68,13 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         )
         yield
         app.state.service.draining = True
-        await classifier.close()
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await classifier.close()
+        except TimeoutError:
+            # Every request has its answer; to wait for that thread would end with a SIGKILL.
+            logger.error("the engine or a decoder is stuck: ending without it")  # noqa: TRY400 - nothing to trace
+            os._exit(1)
         if spans is not None:
             await asyncio.to_thread(spans.close)
 

@@ -54,8 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         configure(settings.log_level, settings.log_format)
         # A thread that parses in Python gives way to the event loop after 1 ms instead of 5.
         sys.setswitchinterval(0.001)
-        # It tells of every malformed form, and at debug of what is in it.
-        logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+        # They tell at debug of what is in a form or a picture: names, places, whatever EXIF holds.
+        for name in ("python_multipart", "PIL"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         if settings.api_keys_file is not None:
             ApiKeys(settings.api_keys_file)  # refused now, if at all, and not after the model
         listener = _bind(settings)
@@ -170,10 +171,10 @@ def _bind(settings: Settings) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter for a name with an impossible label
+        reason = error.strerror if isinstance(error, OSError) else "no name of a host"
         raise StartupError(
-            f"MIXER_HOST={settings.host} MIXER_PORT={settings.port}: "
-            f"cannot listen there ({error.strerror})"
+            f"MIXER_HOST={settings.host} MIXER_PORT={settings.port}: cannot listen there ({reason})"
         ) from error
     return listener
 

@@ -69,7 +69,7 @@ def read_request(body: bytes, json_length: str | None) -> tuple[InferRequest, li
     """
     length = len(body)
     if json_length is not None:
-        if not (json_length.isdecimal() and int(json_length) <= length):
+        if not (json_length.isdecimal() and len(json_length) < 16 and int(json_length) <= length):
             raise InvalidParameter(f"{JSON_LENGTH_HEADER} must be a number up to the body's size.")
         length = int(json_length)
     request = parse_document(memoryview(body)[:length], InferRequest)

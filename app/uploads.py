@@ -12,6 +12,7 @@ from app.admission import BodyBudget
 from app.errors import (
     BodyTimeout,
     BodyTooLarge,
+    DeadlineExceeded,
     InvalidParameter,
     UnsupportedFormat,
 )
@@ -22,6 +23,7 @@ FORM = "multipart/form-data"
 JSON = "application/json"
 RAW = "application/octet-stream"
 TIMEOUT_HEADER = "x-request-timeout-ms"
+LATE_BODY = "The request's time ran out before its body was here."
 Answer = TypeVar("Answer")
 
 
@@ -39,6 +41,15 @@ def deadline_after(asked: str | None, settings: Settings) -> float:
             raise InvalidParameter("X-Request-Timeout-Ms must be a positive whole number.")
         timeout_ms = min(timeout_ms, int(asked))
     return time.monotonic() + timeout_ms / 1000
+
+
+def is_longer(declared: str, limit: int) -> bool:
+    """Return whether a `Content-Length` is over `limit`; one that is no number is not.
+
+    It may have thousands of zeros ahead, which `int` alone would refuse to read.
+    """
+    digits = declared.lstrip("0")
+    return digits.isdecimal() and (len(digits) > 18 or int(digits) > limit)
 
 
 def read_deadline(request: Request, settings: Settings) -> float:
@@ -68,8 +79,8 @@ async def read_image(request: Request, settings: Settings, budget: BodyBudget) -
     """Return the request's one image: multipart field `file`, or the raw body.
 
     Raises:
-        EmptyBody, BodyTooLarge, BodyTimeout, MalformedForm, UnsupportedFormat, QueueFull: as their
-            names say.
+        EmptyBody, BodyTooLarge, BodyTimeout, DeadlineExceeded, MalformedForm, UnsupportedFormat,
+            QueueFull: as their names say.
     """
     reader = image_reader(request.headers.get("content-type", ""), settings.queue_size)
     await _receive(request, settings, budget, reader.feed)
@@ -80,7 +91,7 @@ async def read_body(request: Request, settings: Settings, budget: BodyBudget) ->
     """Return the whole body.
 
     Raises:
-        EmptyBody, BodyTooLarge, BodyTimeout, QueueFull: as their names say.
+        EmptyBody, BodyTooLarge, BodyTimeout, DeadlineExceeded, QueueFull: as their names say.
     """
     body = RawBody()
     await _receive(request, settings, budget, body.feed)
@@ -91,8 +102,8 @@ async def read_images(request: Request, settings: Settings, budget: BodyBudget) 
     """Return the images of the repeated multipart field `files`, in order.
 
     Raises:
-        EmptyBody, BodyTooLarge, BodyTimeout, MalformedForm, UnsupportedFormat, QueueFull: as their
-            names say.
+        EmptyBody, BodyTooLarge, BodyTimeout, DeadlineExceeded, MalformedForm, UnsupportedFormat,
+            QueueFull: as their names say.
     """
     if media_type_of(request) != FORM:
         raise UnsupportedFormat(f"Send the images as {FORM} with repeated field 'files'.")
@@ -137,12 +148,14 @@ async def _receive(
     request: Request, settings: Settings, budget: BodyBudget, feed: Callable[[bytes], None]
 ) -> None:
     """Feed the body on as it arrives, within its limits of size and time."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > settings.max_upload_bytes:
+    if is_longer(request.headers.get("content-length", ""), settings.max_upload_bytes):
         raise BodyTooLarge(settings.max_upload_bytes)
     size = 0  # of what is here: a promise of bytes must not shut others out
+    patience_s = settings.body_timeout_s
+    if TIMEOUT_HEADER in request.headers:
+        patience_s = min(patience_s, read_deadline(request, settings) - time.monotonic())
     try:
-        async with asyncio.timeout(settings.body_timeout_s):
+        async with asyncio.timeout(patience_s):
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > settings.max_upload_bytes:
@@ -150,4 +163,6 @@ async def _receive(
                 budget.cover(size)
                 feed(chunk)
     except TimeoutError:
+        if patience_s < settings.body_timeout_s:
+            raise DeadlineExceeded(LATE_BODY) from None
         raise BodyTimeout(settings.body_timeout_s) from None

@@ -155,6 +155,11 @@ def encode_bmp(color: tuple[int, int, int]) -> bytes:
     return make_image(color, "BMP", side=8)
 
 
+def broken(_: object) -> Any:
+    """Fail as an engine does."""
+    raise RuntimeError("CUDA error 700 in secret place")
+
+
 class TestErrors:
     """Every error is a problem."""
 
@@ -263,15 +268,22 @@ class TestErrors:
 
     def test_engine_that_raises(self, serve: Serve) -> None:
         """If the engine raises, that request gets a 500 problem and the next one passes."""
-
-        def broken(_: object) -> Any:
-            raise RuntimeError("CUDA error 700 in secret place")
-
         engine = FakeEngine()
         client = serve(engine)
         engine.fault = broken
         body = problem(client.post("/classify", content=make_image()), 500)
         assert "secret" not in body["detail"]
+        engine.fault = None
+        assert client.post("/classify", content=make_image()).status_code == 200
+
+    def test_failure_beside_the_engine(self, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever fails around the engine costs its batch alone, and so do too few logits."""
+        client = serve(engine := FakeEngine())
+        with monkeypatch.context() as patch:
+            patch.setattr("app.batcher.np.isfinite", broken)
+            problem(client.post("/classify", content=make_image()), 500)
+        engine.fault = lambda logits: logits[:0]
+        problem(client.post("/classify", content=make_image()), 500)
         engine.fault = None
         assert client.post("/classify", content=make_image()).status_code == 200
 

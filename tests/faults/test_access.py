@@ -54,6 +54,16 @@ def test_keys(fake: Start, keys: Path) -> None:
             assert one(server.url, get(path)).status == 200
 
 
+def test_keys_of_other_alphabets(fake: Start, keys: Path) -> None:
+    """A key file may begin with a byte order mark, and hold keys that are no ASCII."""
+    keys.write_text("first\nclé-ключ\n", encoding="utf-8-sig")
+    with fake(api_keys_file=keys) as server:
+        assert one(server.url, post(make_image(), X_API_Key="first")).status == 200
+        sent = "clé-ключ".encode().decode("latin-1")
+        request = post(make_image(), X_API_Key="KEY").replace(b"KEY", sent.encode("latin-1"))
+        assert one(server.url, request).status == 200
+
+
 def test_keys_are_rotated_without_a_restart(fake: Start, keys: Path, figure: Figure) -> None:
     """A new key counts within two seconds beside the old one, which a later change ends."""
     with fake(api_keys_file=keys) as server:

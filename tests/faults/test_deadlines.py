@@ -8,7 +8,7 @@ import uvloop
 
 from tests.fakes import make_image
 from tests.faults.conftest import Figure, Start
-from tests.faults.load import Answer, Load, get, one, post
+from tests.faults.load import Answer, Load, dial, get, one, post, read_answer
 
 pytestmark = pytest.mark.timed
 
@@ -75,6 +75,33 @@ def test_expired_in_the_queue(fake: Start, figure: Figure, by: str) -> None:
         assert {a.status for a in answers} == {200, 504}
         assert 0.59 < min(late) <= max(late) < 0.75
         assert inferred(server.url) - before <= 2  # the good one, and one that was under way
+
+
+@pytest.mark.parametrize("path", ["/classify", "/explain"])
+def test_late_body(fake: Start, figure: Figure, path: str) -> None:
+    """A body that is not there by the deadline that was asked for is answered 504 then."""
+    head = f"POST {path} HTTP/1.1\r\nHost: test\r\nX-Request-Timeout-Ms: 300\r\n"
+    with fake() as server, dial(server.url) as client:
+        start = time.monotonic()
+        client.sendall(f"{head}Content-Length: 1000\r\n\r\nx".encode())
+        answer = read_answer(client)
+        took_s = time.monotonic() - start
+        figure(f"{answer[9:12].decode()} after {took_s:.3f} s")
+        assert b" 504 " in answer
+        assert 0.29 < took_s < 0.6
+
+
+def test_rested_service_forgets_a_slow_spell(fake: Start) -> None:
+    """After slow batches a service that has rested takes requests in a hurry again."""
+    with fake(batch_ms=20, max_batch=1) as server:
+        one(server.url, get("/observed?slower_ms=300"))
+        for _ in range(10):
+            one(server.url, post(make_image()))
+        one(server.url, get("/observed?slower_ms=0"))
+        hurried = post(make_image(), X_Request_Timeout_Ms="200")
+        assert one(server.url, hurried).status == 504
+        time.sleep(1.1)
+        assert one(server.url, hurried).status == 200
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "x", "1e3", "9" * 30])

@@ -1,6 +1,7 @@
 """Promise 9: stopping is something that no client notices."""
 
 import asyncio
+import os
 import signal
 import socket
 import statistics
@@ -113,6 +114,26 @@ def test_stuck_upload(fake: Start, figure: Figure) -> None:
         assert took_s < 3
         assert b" 503 " in answer
         assert "Traceback" not in server.log.read_text()
+
+
+def test_stuck_decoder(fake: Start, figure: Figure) -> None:
+    """A decoder that hangs does not hold the exit up; its request is answered, the log tells."""
+    with fake(drain_delay_s=0.2, grace_s=1) as server, dial(server.url) as waiting:
+        one(server.url, post(make_image()))
+        decoders = server.pids()[2:]
+        for pid in decoders:
+            os.kill(pid, signal.SIGSTOP)
+        waiting.sendall(post(make_image()))
+        time.sleep(0.1)
+        start = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        code = server.process.wait(15)
+        figure(f"gone after {time.monotonic() - start:.2f} s of 1.2 and 3 for what is stuck")
+        for pid in decoders:
+            os.kill(pid, signal.SIGKILL)
+        assert code == 1
+        assert b" 503 " in read_answer(waiting)
+        assert "stuck" in server.log.read_text()
 
 
 def test_second_sigterm(fake: Start, figure: Figure) -> None:

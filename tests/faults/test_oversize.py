@@ -45,6 +45,35 @@ def test_declared_length_is_refused_unread(fake: Start, figure: Figure) -> None:
         assert growth < 16
 
 
+@pytest.mark.parametrize("path", ["/classify", "/explain"])
+@pytest.mark.parametrize(
+    ("digits", "status"), [("0" * 5000 + "{}", 200), ("0" * 5000 + "9" * 19, 413)]
+)
+def test_length_of_many_digits(fake: Start, path: str, digits: str, status: int) -> None:
+    """A Content-Length with thousands of zeros ahead is the number that it is."""
+    image = make_image()
+    head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: image/png\r\n"
+    with fake() as server, dial(server.url) as client:
+        length = digits.format(len(image))
+        client.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode() + image)
+        assert int(read_answer(client)[9:12]) in ({200, 503} if status == 200 else {413})
+
+
+def test_json_of_many_members(fake: Start, figure: Figure) -> None:
+    """JSON of a million empty lists is refused before it is parsed into a thousand times more."""
+    lists = b"[" + b"[]," * 2_000_000 + b"[]]"
+    tensor = b'{"inputs":[{"name":"image","shape":[1],"datatype":"BYTES","data":' + lists + b"}]}"
+    with fake() as server:
+        one(server.url, post(make_image()))
+        before = server.resident_mib()
+        for path, body in (("/v2/models/fake/infer", tensor), ("/classify", lists)):
+            answer = one(server.url, post(body, path=path, Content_Type="application/json"))
+            assert answer.status == 422
+        growth = server.resident_mib() - before
+        figure(f"memory grew by {growth:.0f} MiB for bodies of {len(body) >> 20}")
+        assert growth < 64
+
+
 def test_chunked_body_stops_at_the_limit(fake: Start, figure: Figure) -> None:
     """A chunked body is answered 413 within 128 KiB of the limit; nothing is written to disk."""
     with fake(max_upload_bytes=LIMIT) as server:

@@ -37,13 +37,14 @@ BAD = [
     ("API_KEYS_FILE", "/nowhere/keys", "No such file"),
     ("CORS_ORIGINS", "shop.example", "origins"),
     ("HOST", "no.such.host.invalid", "cannot listen there"),
+    ("HOST", "a..b", "cannot listen there"),
 ]
 
 
-@pytest.mark.slow  # 29 processes; tests/app/test_serve.py has some of them
+@pytest.mark.slow  # 30 processes; tests/app/test_serve.py has some of them
 @pytest.mark.parametrize(("name", "value", "allowed"), BAD)
 def test_bad_setting(name: str, value: str, allowed: str) -> None:
-    """Each of 29 bad settings is one line with its name, its value and what is allowed."""
+    """Each of 30 bad settings is one line with its name, its value and what is allowed."""
     result = run_serve(**{f"MIXER_{name}": value})
     lines = [line for line in result.stderr.splitlines() if "WARNING" not in line]
     assert result.returncode != 0
