@@ -51,10 +51,18 @@ class Admission:
         Raises:
             QueueFull: too many requests, or their images would wait longer than the budget.
         """
-        if self.requests >= self._settings.max_requests:
-            raise self._full("Too many requests are in flight.", "requests")
-        self._check_budget()
+        refusal = self.refusal()
+        if refusal is not None:
+            raise refusal
         self.requests += 1
+
+    def refusal(self) -> QueueFull | None:
+        """Return why one more request would be refused now, or None if it would not be."""
+        if self.requests >= self._settings.max_requests:
+            return self._full("Too many requests are in flight.", "requests")
+        if self._is_over_budget():
+            return self._full("The queue is too long.", "queue-budget")
+        return None
 
     def leave(self) -> None:
         """Give a request's place back."""
@@ -97,7 +105,8 @@ class Admission:
             raise TooManyImages(f"The request holds {images} images; at most {limit} are taken.")
         if self.images + images > limit:
             raise self._full("The queue is full.", "queue-size")
-        self._check_budget()
+        if self._is_over_budget():
+            raise self._full("The queue is too long.", "queue-budget")
         left_s = deadline - time.monotonic()
         service_s = self._latency.service_s(images)
         is_idle = self.images == 0
@@ -125,12 +134,12 @@ class Admission:
             raise self._full("Too many bytes are in flight.", "bytes")
         self.body_bytes += count
 
-    def _check_budget(self) -> None:
+    def _is_over_budget(self) -> bool:
+        """Return whether one more image, which counts itself, would wait longer than the budget."""
         if self.images < _BATCHES_TAKEN * self._settings.max_batch:
-            return
-        wait_s = self._latency.wait_s(self.images + 1)  # an arrival counts itself
-        if wait_s * 1000 > self._settings.queue_budget_ms * _HEADROOM:
-            raise self._full("The queue is too long.", "queue-budget")
+            return False
+        wait_s = self._latency.wait_s(self.images + 1)
+        return wait_s * 1000 > self._settings.queue_budget_ms * _HEADROOM
 
     def _full(self, detail: str, reason: str) -> QueueFull:
         """Refuse, saying when the present queue will have been worked off."""

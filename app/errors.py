@@ -198,6 +198,7 @@ class DeadlineExceeded(Problem):
     title = "Deadline exceeded"
 
 
+@lru_cache(maxsize=64)
 def kind_of(title: str) -> str:
     """Return a title as the last part of a problem's type."""
     return title.lower().replace(" ", "-")

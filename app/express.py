@@ -21,6 +21,7 @@ from app.admission import BodyBudget
 from app.batcher import Entry
 from app.errors import PROBLEM_JSON, BodyTooLarge, DeadlineExceeded, NotReady, Problem
 from app.forms import Form, RawBody
+from app.refusal import ANSWERED, Answered, refuse
 from app.routes.classify import checked_top_k, classification
 from app.service import Service
 from app.trace import new_trace
@@ -46,10 +47,13 @@ def express(
     headers: list[tuple[bytes, bytes]],
     default_headers: list[tuple[bytes, bytes]],
     write: Callable[[bytes], None],
-) -> "Express | None":
+    *,
+    keep_alive: bool = True,
+) -> "Express | Answered | None":
     """Return what serves a `POST` to `target`, or None if there is anything unusual about it.
 
-    `default_headers` go with the answer, whose bytes are given to `write`.
+    `default_headers` go with the answer, whose bytes are given to `write`; a request that the door
+    refuses has its answer at once. `keep_alive` says whether the connection stays open afterwards.
     """
     found = _TARGET.fullmatch(target)
     if found is None:
@@ -57,12 +61,17 @@ def express(
     fields = dict(reversed(headers))  # the first of a name counts, as in Starlette
     if not _UNUSUAL.isdisjoint(fields):
         return None
-    if fields.get(b"content-type", b"").lower().startswith(_JSON):
-        return None
     if service.keys is not None and not service.keys.allow(Headers(raw=headers)):
         return None
+    if keep_alive and service.spans is None and not service.draining:
+        full = service.admission.refusal()
+        if full is not None:
+            write(refuse(service, full, PATH, fields, default_headers))
+            return ANSWERED
+    if fields.get(b"content-type", b"").lower().startswith(_JSON):
+        return None
     top_k = None if found[1] is None else int(found[1])
-    return Express(service, fields, top_k, default_headers, write)
+    return Express(service, fields, top_k, default_headers, write, keep_alive)
 
 
 class Express:
@@ -82,8 +91,9 @@ class Express:
         top_k: int | None,
         default_headers: list[tuple[bytes, bytes]],
         write: Callable[[bytes], None],
+        keep_alive: bool,
     ) -> None:
-        self.keep_alive = True
+        self.keep_alive = keep_alive
         self.disconnected = False
         self.more_body = True
         self.response_complete = False

@@ -5,20 +5,17 @@ the scrape and costs the requests nothing.
 """
 
 from collections.abc import Callable
-from functools import cache
 
 from prometheus_client import (
     CollectorRegistry,
-    Counter,
     Gauge,
-    Histogram,
     PlatformCollector,
     ProcessCollector,
-    disable_created_metrics,
     generate_latest,
 )
 
 from app.model_card import ModelCard
+from app.tallies import Spread, Tally
 from app.trace import Stages, Trace
 
 # From a tenth of a millisecond (a small model on a GPU) to ten seconds (the longest request).
@@ -36,8 +33,6 @@ class Metrics:
     """One application's metrics, in a registry of their own."""
 
     def __init__(self) -> None:
-        # A series for the birth of each counter would only double their number.
-        disable_created_metrics()  # type: ignore[no-untyped-call] # no annotations
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
@@ -72,24 +67,17 @@ class Metrics:
             "actual_to_predicted_ratio", "Actual over predicted time; 1 is a perfect one", _RATIOS
         )
 
-        # Looking a series up costs more than counting in it; there are but a few dozen.
-        self._requests_of = cache(self._requests.labels)
-        self._request_s_of = cache(self._request_s.labels)
-        self._refusals_of = cache(self._refusals.labels)
-        self._images_of = cache(self._images.labels)
-
     def finish_request(self, trace: Trace, route: str, status: int, seconds: float) -> None:
         """Count one answered request; `route` is a template of ours, never a client's path."""
-        self._requests_of(route, str(status), trace.problem or "ok").inc()
-        self._request_s_of(route).observe(seconds)
-        if trace.received_bytes:
-            self._received.inc(trace.received_bytes)
+        self._requests.add(1, route, str(status), trace.problem or "ok")
+        self._request_s.observe(seconds, route)
+        self._received.add(trace.received_bytes)
         if status in _REFUSALS:
-            self._refusals_of(trace.reason or trace.problem or "other").inc()
+            self._refusals.add(1, trace.reason or trace.problem or "other")
 
     def finish_image(self, stages: Stages | None, outcome: str) -> None:
         """Count one image, with its times if it reached the engine."""
-        self._images_of(outcome).inc()
+        self._images.add(1, outcome)
         if stages is not None:
             self._decode_s.observe(stages.decode_s)
             self._queue_s.observe(stages.queue_s)
@@ -125,10 +113,8 @@ class Metrics:
         """Return everything in Prometheus' text format 0.0.4."""
         return generate_latest(self._registry)
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"mixer_{name}", text, labels, registry=self._registry)
+    def _counter(self, name: str, text: str, *labels: str) -> Tally:
+        return Tally(self._registry, f"mixer_{name}", text, *labels)
 
-    def _histogram(
-        self, name: str, text: str, buckets: tuple[float, ...], *labels: str
-    ) -> Histogram:
-        return Histogram(f"mixer_{name}", text, labels, buckets=buckets, registry=self._registry)
+    def _histogram(self, name: str, text: str, bounds: tuple[float, ...], *labels: str) -> Spread:
+        return Spread(self._registry, f"mixer_{name}", text, bounds, *labels)

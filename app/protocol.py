@@ -17,6 +17,8 @@ from app.access import answer, report
 from app.errors import PROBLEM_JSON, BodyTimeout, kind_of, problem_json
 from app.express import Express, express
 from app.farewell import Farewell
+from app.head import read_head
+from app.refusal import Answered
 from app.settings import Settings
 from app.trace import new_trace
 from app.wire import without_upgrade
@@ -50,6 +52,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._deaf = False  # what comes is no longer listened to
         self._body_bytes = 0  # of this message
         self._allowance = MAX_HEADER_BYTES  # bytes that may still come for this message
+        self._owed = 0  # bytes of this message's body that go past the parser
         self._express: Express | None = None  # the request that is served without ASGI
         self._farewell: Farewell
 
@@ -77,6 +80,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self._farewell.discard(data)
             return
         if self._deaf:
+            return
+        data = self._take_body(data) if self._owed else self._take_usual(data)
+        if not data or self.transport.is_closing():
             return
         self._allowance -= len(data)
         self._is_whole = False
@@ -113,7 +119,11 @@ class BoundedProtocol(HttpToolsProtocol):
             raise OverflowError("too many requests are pipelined")
         self._in_headers = False
         self._stop_clock()  # `data_received` starts the body's, if the body is still to come
-        if self._by_express():
+        if (
+            self.parser.get_method() == b"POST"
+            and self.parser.get_http_version() == "1.1"
+            and self._by_express(self.url, self.headers, self.parser.should_keep_alive())
+        ):
             return
         super().on_headers_complete()
         if self.expect_100_continue or self.parser.should_upgrade():
@@ -141,6 +151,35 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Stop the clock until the next request begins."""
+        self._end_message()
+
+    def _take_usual(self, data: bytes) -> bytes:
+        """Serve the usual requests that `data` begins with; return what is for the parser."""
+        while data and not self._begun and (self.cycle is None or self.cycle.response_complete):
+            head = read_head(data)
+            if head is None or head.body_size > self.settings.max_upload_bytes:
+                break
+            if not self._by_express(head.target, head.headers, keep_alive=True):
+                break
+            self._stop_clock()
+            self._unset_keepalive_if_required()
+            self._begun, self._in_headers, self._owed = True, False, head.body_size
+            data = self._take_body(data, head.size)
+        return data
+
+    def _take_body(self, data: bytes, start: int = 0) -> bytes:
+        """Hand on what `data` holds of a usual request's body; return what comes after it."""
+        end = min(len(data), start + self._owed)
+        self._owed -= end - start
+        if end > start and isinstance(self.cycle, Express):
+            self.cycle.feed(data[start:end])
+        if self._owed == 0:
+            self._end_message()
+        elif self._deadline is None and not self.transport.is_closing():
+            self._start_clock(self._patience_s())
+        return data[end:]
+
+    def _end_message(self) -> None:
         self._stop_clock()
         self._begun = False
         self._in_headers = self._is_whole = True
@@ -183,25 +222,28 @@ class BoundedProtocol(HttpToolsProtocol):
     def _unsupported_upgrade_warning(self) -> None:
         """Pass over an offer that came in pieces; the connection closes after the answer."""
 
-    def _by_express(self) -> bool:
-        """Serve the request that has begun without ASGI, if it can be."""
-        if self.parser.get_method() != b"POST" or self.parser.get_http_version() != "1.1":
-            return False
+    def _by_express(
+        self, target: bytes, headers: list[tuple[bytes, bytes]], keep_alive: bool
+    ) -> bool:
+        """Serve the `POST` that has begun without ASGI, if it can be."""
         if self.flow.write_paused or not (self.cycle is None or self.cycle.response_complete):
             return False  # it has to wait its turn
         found = express(
             self.served.state.service,
-            self.url,
-            self.headers,
+            target,
+            headers,
             self.server_state.default_headers,
             self.transport.write,
+            keep_alive=keep_alive,
         )
         if found is None:
             return False
-        found.keep_alive = self.parser.should_keep_alive()
         # It stands where uvicorn looks for a request and its task.
-        self._express = found
         self.cycle = found  # type: ignore[assignment] # all that uvicorn looks at is there
+        if isinstance(found, Answered):
+            self.server_state.total_requests += 1
+            return True
+        self._express = found
         self.tasks.add(found)  # type: ignore[arg-type] # for its `cancel`
         found.begin(lambda: self._on_answered(found))
         return True

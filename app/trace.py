@@ -101,7 +101,7 @@ def new_trace(request_id: str = "", traceparent: str = "") -> Trace:
     # Once, since the call costs more than the bytes; and not from the system, whose call would let
     # go of the GIL. The IDs are names, no secrets.
     digits = _numbers.randbytes(40).hex()
-    if not _REQUEST_ID.fullmatch(request_id):
+    if not (request_id and _REQUEST_ID.fullmatch(request_id)):
         request_id = digits[48:]
     parent = parse_traceparent(traceparent) if traceparent else None
     return Trace(

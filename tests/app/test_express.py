@@ -1,6 +1,8 @@
 """`POST /classify` past the framework and by its way: a client cannot tell the two apart."""
 
 import json
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -169,3 +171,92 @@ def test_a_bug_is_a_500(server: Server) -> None:
             read_answer(client)
             client.sendall(post(IMAGE))
             assert read_answer(client).startswith(b"HTTP/1.1 " + status)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Return a real server of one place, which a request that never ends holds."""
+    log = tmp_path_factory.mktemp("full") / "log"
+    options = ("--max-requests", "1", "--max-upload-bytes", "100000", "--log-format", "json")
+    with serving(log, *options) as running, dial(running.url) as holder:
+        holder.sendall(post(b"", "/classify").replace(b": 0", b": 9"))
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            with dial(running.url) as scraper:
+                scraper.sendall(get("/metrics"))
+                if b"mixer_requests_in_flight 1.0" in read_answer(scraper):
+                    break
+        yield running
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"X-Request-ID": "me", "traceparent": f"00-{'a' * 32}-{'b' * 16}-01"},
+        {"Connection": "close"},
+        {"Content-Type": "application/json"},
+    ],
+)
+def test_both_ways_refuse_alike(full: Server, headers: dict[str, str]) -> None:
+    """A refusal at the door is the same answer and the same line in the log, either way."""
+    answers, fields = [], []
+    for number, path in enumerate(("/classify", f"/classify?{DETOUR}")):
+        name = f"refused-{number}-{len(headers)}-{'-'.join(headers.values())[:9]}"
+        named = {k.replace("-", "_"): v for k, v in headers.items()} | {"X_Request_ID": name}
+        with dial(full.url) as client:
+            client.sendall(post(IMAGE, path, **named))
+            head, _, content = read_answer(client).partition(b"\r\n\r\n")
+        lines = head.decode("ascii").split("\r\n")
+        assert f"x-request-id: {name}" in lines
+        names = sorted(line.partition(":")[0].lower() for line in lines[1:])
+        answers.append((lines[0], names, json.loads(content)))
+        changing = ("time", "request_id", "total_ms", "span_id", "received_bytes")
+        fields.append({k: v for k, v in _line_of(full, name).items() if k not in changing})
+    assert answers[0] == answers[1]
+    assert answers[0][0] == "HTTP/1.1 429 Too Many Requests"
+    assert fields[0] == fields[1]
+    assert fields[0]["outcome"] == "queue-full"
+
+
+def _line_of(server: Server, request_id: str) -> dict[str, object]:
+    """Return a request's line in the log, which may be written after its answer."""
+    for _ in range(100):
+        for line in server.log.read_text().splitlines():
+            if f'"{request_id}"' in line:
+                found: dict[str, object] = json.loads(line)
+                return found
+        time.sleep(0.02)
+    raise AssertionError(f"no line of {request_id}")
+
+
+@pytest.mark.parametrize("size", [1, 7, 60, 150, 1000, 10**6])
+def test_bodies_of_refused_requests_are_passed_over(full: Server, size: int) -> None:
+    """However the bytes are cut up, each request behind a refused one begins where it begins."""
+    trap = b"POST /classify HTTP/1.1\r\nContent-Length: 0\r\n\r\n"  # looks like a request
+    requests = [post(trap), get("/livez"), post(trap * 3), get("/livez"), post(b""), post(trap)]
+    whole = b"".join(requests)
+    with dial(full.url) as client:
+        for start in range(0, len(whole), size):
+            client.sendall(whole[start : start + size])
+        heard = b""
+        while heard.count(b"HTTP/1.1 ") < len(requests):
+            heard += client.recv(65536)
+        client.shutdown(socket.SHUT_WR)  # then nothing more than the rest of the last answer comes
+        while chunk := client.recv(65536):
+            heard += chunk
+    statuses = [part[:3] for part in heard.split(b"HTTP/1.1 ")[1:]]
+    assert statuses == [b"429", b"200", b"429", b"200", b"429", b"429"]
+
+
+@pytest.mark.parametrize("size", [1, 30, 120, 400, 10**6])
+def test_usual_requests_in_pieces(server: Server, size: int) -> None:
+    """An image is the same image, however its request was cut up."""
+    whole = post(IMAGE, X_Request_ID="a") + post(IMAGE, X_Request_ID="b")
+    with dial(server.url) as client:
+        for start in range(0, len(whole), size):
+            client.sendall(whole[start : start + size])
+        heard = b""
+        while heard.count(b"HTTP/1.1 200") < 2:
+            heard += client.recv(65536)
+    assert heard.index(b"x-request-id: a") < heard.index(b"x-request-id: b")

@@ -35,7 +35,9 @@ def test_refused_at_the_door(fake: Start, figure: Figure) -> None:
     """A deadline below the measured latency is refused at once and costs the engine nothing."""
     with fake(batch_ms=200) as server:
         before = inferred(server.url)
-        answers = [one(server.url, post(make_image(), X_Request_Timeout_Ms="150"))] * 5
+        answers = [
+            one(server.url, post(make_image(), X_Request_Timeout_Ms="150")) for _ in range(5)
+        ]
         figure(f"refused after {answers[0].latency_s * 1000:.0f} ms of the 200 that it takes")
         assert {a.status for a in answers} == {504}
         assert max(a.latency_s for a in answers) < 0.1
@@ -55,7 +57,7 @@ def test_refused_behind_a_queue(fake: Start, figure: Figure) -> None:
         )
         assert {a.status for a in answers} <= {200, 429, 504}
         assert 3 <= len(good) <= 5
-        assert max(a.latency_s for a in good) < 0.55
+        assert max(a.latency_s for a in good) < 0.56  # ours; the server's begins with the headers
         assert all(a.latency_s < 0.2 for a in answers if a.status == 429)
         assert inferred(server.url) - before == len(good)
 
