@@ -54,7 +54,7 @@ def check_webp_canvas(data: bytes, max_pixels: int) -> None:
     """
     if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":
         width, height = (1 + int.from_bytes(data[i : i + 3], "little") for i in (24, 27))
-        _check_pixels(width, height, min(max_pixels, MAX_WEBP_PIXELS))
+        check_pixels(width, height, min(max_pixels, MAX_WEBP_PIXELS))
 
 
 def check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
@@ -66,17 +66,32 @@ def check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
     """
     pixels = image.width * image.height
     is_webp = image.format == "WEBP"
-    _check_pixels(
+    check_pixels(
         image.width, image.height, min(max_pixels, MAX_WEBP_PIXELS) if is_webp else max_pixels
     )
-    if image.format in ("JPEG", "MPO") and _scans(data) * pixels > MAX_SCAN_PIXELS:
-        raise CorruptImage("The JPEG has too many scans for its size.")
+    if image.format in ("JPEG", "MPO"):
+        check_scans(data, pixels)
     tiles = image.tile if isinstance(image, ImageFile.ImageFile) else ()
     if pixels > MAX_RLE_PIXELS and any(tile.codec_name == "bmp_rle" for tile in tiles):
         raise CorruptImage("The BMP is too large to be run-length coded.")
 
 
-def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+def check_scans(data: bytes, pixels: int) -> None:
+    """Refuse a JPEG of so many pixels whose scans would cost too much.
+
+    Raises:
+        CorruptImage: too many scans, or segments.
+    """
+    if _scans(data) * pixels > MAX_SCAN_PIXELS:
+        raise CorruptImage("The JPEG has too many scans for its size.")
+
+
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Refuse a picture of that size.
+
+    Raises:
+        TooManyPixels: it has more than `max_pixels`.
+    """
     if width * height > max_pixels:
         raise TooManyPixels(
             f"The image has {width} x {height} pixels; at most {max_pixels} are taken here."

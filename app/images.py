@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
-from app.cost import Upload, check_cost, check_webp_canvas
+from app.cost import Upload, check_cost, check_pixels, check_scans, check_webp_canvas
 from app.errors import CorruptImage, Problem, TooManyPixels, UnsupportedFormat
+from app.jpeg import read_header
 from app.model_card import Preprocessing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -91,27 +92,27 @@ def decode(
         TooManyPixels: the header declares more than `max_pixels`; nothing was decoded.
         CorruptImage: the header or the content cannot be decoded, or costs too much to decode.
     """
-    # Pillow's own limit tells less than check_cost does; but what a GIF's first frame leaves behind
-    # is allocated as the file is opened, and a frame may be larger than the header says.
-    Image.MAX_IMAGE_PIXELS = max_pixels if data.startswith(b"GIF") else None
     with _pillow_errors_as_problems(data, max_pixels):
-        check_webp_canvas(data, max_pixels)
-        image = Image.open(Upload(data), formats=FORMATS)
-        check_cost(image, data, max_pixels)  # before draft(), which rewrites the size
-        # A photo with a second picture inside (MPO) is to its owner a JPEG.
-        file_format = "JPEG" if image.format == "MPO" else str(image.format)
-        if file_format != "JPEG":
-            image.load()  # PNG may hold its orientation after the pixels
-            check_cost(image, data, max_pixels)  # a GIF frame may outgrow its header
-        width, height = image.size
-        turn = _orientation(image)
-        sideways = turn in _SIDEWAYS
-        crop = geometry(*((height, width) if sideways else (width, height)), preprocessing)
-        if draft and file_format == "JPEG":
-            image.draft("RGB", crop.scaled[::-1] if sideways else crop.scaled)
+        header = read_header(data) if draft else None
+        if header is not None:
+            check_pixels(header.width, header.height, max_pixels)
+            if not header.has_one_scan:
+                check_scans(data, header.width * header.height)
+            file_format, turn = "JPEG", header.orientation
+            width, height = header.width, header.height
+            image = header.decode(data, _smallest(width, height, turn, preprocessing))
+        else:
+            image = _open(data, max_pixels)
+            # A photo with a second picture inside (MPO) is to its owner a JPEG.
+            file_format = "JPEG" if image.format == "MPO" else str(image.format)
+            width, height = image.size
+            turn = _orientation(image)
+            if draft and file_format == "JPEG":
+                image.draft("RGB", _smallest(width, height, turn, preprocessing))
         upright = _to_rgb(image)
         if turn in _UPRIGHT:
             upright = upright.transpose(_UPRIGHT[turn])
+        crop = geometry(*((height, width) if turn in _SIDEWAYS else (width, height)), preprocessing)
         square = _sample(upright, crop.box(*upright.size, preprocessing.image_size), preprocessing)
     return Picture(file_format, width, height, patchify(square, preprocessing.patch_size))
 
@@ -125,6 +126,27 @@ def patchify(image: Image.Image, patch_size: int) -> NDArray[np.uint8]:
     grid = pixels.shape[0] // patch_size
     cut = pixels.reshape(grid, patch_size, grid, patch_size, 3)  # [row, y, column, x, 3]
     return cut.transpose(0, 2, 1, 3, 4).reshape(grid * grid, -1)  # [tokens, P·P·3]
+
+
+def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
+    """Return a file as Pillow opens it, once it is known what decoding it may cost."""
+    # Pillow's own limit tells less than check_cost does; but what a GIF's first frame leaves behind
+    # is allocated as the file is opened, and a frame may be larger than the header says.
+    Image.MAX_IMAGE_PIXELS = max_pixels if data.startswith(b"GIF") else None
+    check_webp_canvas(data, max_pixels)
+    image = Image.open(Upload(data), formats=FORMATS)
+    check_cost(image, data, max_pixels)  # before draft(), which rewrites the size
+    if image.format not in ("JPEG", "MPO"):
+        image.load()  # PNG may hold its orientation after the pixels
+        check_cost(image, data, max_pixels)  # a GIF frame may outgrow its header
+    return image
+
+
+def _smallest(width: int, height: int, turn: int, preprocessing: Preprocessing) -> tuple[int, int]:
+    """Return the size, as stored, below which libjpeg must not scale: that of the resize."""
+    if turn in _SIDEWAYS:
+        return geometry(height, width, preprocessing).scaled[::-1]
+    return geometry(width, height, preprocessing).scaled
 
 
 def _orientation(image: Image.Image) -> int:

@@ -5,6 +5,7 @@ import json
 import math
 import struct
 import tarfile
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -221,14 +222,25 @@ def test_broken_exif_does_not_matter() -> None:
     assert decode(data, as_is(16), PIXELS).width == 16
 
 
-@pytest.mark.parametrize("progressive", [True, False])
-def test_scans_are_bounded(progressive: bool) -> None:
+def test_scans_are_bounded() -> None:
     """A JPEG with too many scans for its size is refused before it is decoded."""
-    data = encode(Image.new("RGB", (2000, 2000)), "JPEG", progressive=progressive)
+    data = encode(Image.new("RGB", (2000, 2000)), "JPEG", progressive=True)
     scan = data[data.rindex(b"\xff\xda") : -2]
     decode(data, as_is(32), PIXELS)
     with pytest.raises(CorruptImage, match="too many scans"):
         decode(data[:-2] + scan * 1000 + data[-2:], as_is(32), PIXELS)
+
+
+@pytest.mark.parametrize("draft", [True, False])
+def test_scans_after_a_whole_one_cost_nothing(draft: bool) -> None:
+    """Behind a scan of all components libjpeg decodes no other: such a file is broken, at once."""
+    data = encode(Image.new("RGB", (2000, 2000)), "JPEG")
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    decode(data, as_is(32), PIXELS)
+    start = time.process_time()
+    with pytest.raises(CorruptImage):
+        decode(data[:-2] + scan * 1000 + data[-2:], as_is(32), PIXELS, draft=draft)
+    assert time.process_time() - start < 1
 
 
 def test_what_only_looks_like_a_scan_does_not_count() -> None:
