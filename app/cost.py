@@ -1,4 +1,7 @@
-"""What decoding an image may cost, told from its header and structure before it is decoded."""
+"""What decoding an image may cost, told from its header and structure before it is decoded.
+
+What these do not foresee ends with the decoder's own limits of time and memory (decoder.py).
+"""
 
 import io
 import re

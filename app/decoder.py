@@ -12,6 +12,7 @@ import struct
 import sys
 import traceback
 import warnings
+from pathlib import Path
 
 from pydantic import BaseModel
 
@@ -20,6 +21,12 @@ from app.errors import Problem
 from app.images import FORMATS, decode
 from app.model_card import Preprocessing
 
+# What one picture may take of CPU time, and of memory besides its pixels: a file can always be made
+# that costs more than cost.py foresees (metadata that unpacks to gigabytes, pictures one pixel
+# wide). The largest honest ones need about as much.
+MAX_CPU_S = 1.7
+SPARE_BYTES = 128 * 2**20
+BYTES_PER_PIXEL = 12
 SIZE = struct.Struct("<I")  # of what follows, in bytes; before each message
 # What became of an upload, index of the format, width, height; then the patches, or a text.
 ANSWER = struct.Struct("<BBxxII")
@@ -71,7 +78,10 @@ def serve(link: socket.socket) -> None:
     if first is None:
         return
     task = Task.model_validate_json(first)
+    _limit_memory(BYTES_PER_PIXEL * task.max_pixels + SPARE_BYTES)
     while (message := receive(link)) is not None:
+        # The kernel's default for this signal is to end the process, whatever it is doing.
+        signal.setitimer(signal.ITIMER_PROF, MAX_CPU_S)
         try:
             picture = decode(message, task.preprocessing, task.max_pixels)
         except Problem as problem:
@@ -83,11 +93,22 @@ def serve(link: socket.socket) -> None:
             head = (PICTURE, FORMATS.index(picture.format), picture.width, picture.height)
             body = picture.patches.tobytes()
             del picture  # the pixels behind it need not wait for the next upload
+        signal.setitimer(signal.ITIMER_PROF, 0)
         del message
         try:
             send(link, ANSWER.pack(*head), body)
         except OSError:
             return  # the service is gone
+
+
+def _limit_memory(more_bytes: int) -> None:
+    """Let the process take so much more than it has: what asks for more is refused it."""
+    if sys.platform == "linux":  # where this limit is one of all private memory
+        import resource
+
+        used = Path("/proc/self/statm").read_text().split()[5]  # data and stack, in pages
+        limit = int(used) * resource.getpagesize() + more_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def send(link: socket.socket, *parts: bytes) -> None:

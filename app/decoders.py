@@ -11,14 +11,15 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
 
-from app.decoder import ANSWER, BUG, PROBLEM, Refusal, Task, receive, send
-from app.errors import CorruptImage, Problem, TooManyPixels, UnsupportedFormat
+from app.decoder import ANSWER, BUG, MAX_CPU_S, PROBLEM, Refusal, Task, receive, send
+from app.errors import CorruptImage, DecoderLost, Problem, TooManyPixels, UnsupportedFormat
 from app.images import FORMATS, Picture
 
 logger = logging.getLogger(__name__)
@@ -38,10 +39,6 @@ _ENVIRONMENT = {
 }
 
 
-class DecoderLost(Exception):  # noqa: N818 - what happened; the request meets a 500
-    """A decoder ended while it had an upload in hand."""
-
-
 class Decoders:
     """As many decoders as threads may ask for one at once."""
 
@@ -56,7 +53,8 @@ class Decoders:
         """Decode in a process that has nothing else to do.
 
         Raises:
-            UnsupportedFormat, TooManyPixels, CorruptImage: as `images.decode`.
+            UnsupportedFormat, TooManyPixels, CorruptImage: as `images.decode`; the last also for
+                what takes longer than decoder.MAX_CPU_S.
             DecoderLost: the process ended; the next upload gets another one.
         """
         decoder = self._free.get()
@@ -80,16 +78,23 @@ class Decoder:
 
     def decode(self, upload: bytes) -> Picture:
         """Send an upload, wait for its picture; raises what Decoders.decode does."""
+        if self._has_ended():  # while it had nothing to do: no upload is to blame
+            logger.error("decoder %d has ended; another one takes its place", self.pid)
+            self._replace()
+        start = time.monotonic()
         try:
             send(self._link, upload)
             answer = receive(self._link)
         except OSError:
             answer = None
         if answer is None:
-            self.close()
-            logger.error("decoder %d has ended; another one takes its place", self.pid)
-            self._connect()
-            raise DecoderLost(f"the decoder ended over an upload of {len(upload)} bytes")
+            pid, took_s = self.pid, time.monotonic() - start
+            self._replace()
+            if took_s >= MAX_CPU_S:  # its own limit; a crash seldom comes so late
+                logger.warning("decoder %d was stopped after %.1f s over one image", pid, took_s)
+                raise CorruptImage("The image takes too long to decode.")
+            logger.error("decoder %d has ended over an image; another one takes its place", pid)
+            raise DecoderLost("The process that decoded the image has ended.")
         kind, file_format, width, height = ANSWER.unpack_from(answer)
         body = memoryview(answer)[ANSWER.size :]
         if kind == PROBLEM:
@@ -105,11 +110,23 @@ class Decoder:
         """Close the socket, which ends the process."""
         self._link.close()
 
+    def _has_ended(self) -> bool:
+        try:
+            return self._link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False  # it waits for an upload
+        except OSError:
+            return True
+
+    def _replace(self) -> None:
+        self.close()
+        self._connect()
+
     def _connect(self) -> None:
         self._link = nursery().new_link()
         hello = receive(self._link)
         if hello is None:
-            raise DecoderLost("a decoder ended as it began")
+            raise DecoderLost("A process that decodes has ended as it began.")
         self.pid = int(hello)
         send(self._link, self._task.model_dump_json().encode())
 

@@ -17,6 +17,7 @@
     ├── InvalidParameter          422     a query parameter or header out of range
     ├── QueueFull                 429     retry here, after Retry-After
     ├── InferenceFailed           500     the engine raised, or gave NaN
+    ├── DecoderLost               500     the process that decoded the image has crashed
     ├── NotReady                  503     draining or broken: retry elsewhere
     └── DeadlineExceeded          504     expired before the engine saw it
 
@@ -182,6 +183,13 @@ class InferenceFailed(Problem):
 
     status = 500
     title = "Inference failed"
+
+
+class DecoderLost(Problem):
+    """The process that decoded the image has ended; another one takes its place."""
+
+    status = 500
+    title = "Decoding failed"
 
 
 class NotReady(Problem):

@@ -131,8 +131,9 @@ def patchify(image: Image.Image, patch_size: int) -> NDArray[np.uint8]:
 def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     """Return a file as Pillow opens it, once it is known what decoding it may cost."""
     # Pillow's own limit tells less than check_cost does; but what a GIF's first frame leaves behind
-    # is allocated as the file is opened, and a frame may be larger than the header says.
-    Image.MAX_IMAGE_PIXELS = max_pixels if data.startswith(b"GIF") else None
+    # is allocated as the file is opened, and a frame may be larger than the header says. Pillow
+    # raises above twice its limit, and only warns below.
+    Image.MAX_IMAGE_PIXELS = (max_pixels + 1) // 2 if data.startswith(b"GIF") else None
     check_webp_canvas(data, max_pixels)
     image = Image.open(Upload(data), formats=FORMATS)
     check_cost(image, data, max_pixels)  # before draft(), which rewrites the size

@@ -3,8 +3,10 @@
 import os
 import signal
 import socket
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,14 +14,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from app import decoder
 from app.decoder import Task, receive, send
-from app.decoders import Decoder, DecoderLost, Decoders, nursery
-from app.errors import CorruptImage, Problem, TooManyPixels, UnsupportedFormat
+from app.decoders import Decoder, Decoders, nursery
+from app.errors import CorruptImage, DecoderLost, Problem, TooManyPixels, UnsupportedFormat
 from app.images import decode
 from app.model_card import Preprocessing
-from tests.fakes import make_image
+from tests.fakes import encode, make_image
 from tests.processes import serving
 
 TASK = Task(preprocessing=Preprocessing(image_size=32, patch_size=4), max_pixels=10_000)
@@ -61,16 +64,57 @@ def test_same_problem(decoders: Decoders, upload: bytes, kind: type[Problem]) ->
     assert there.value.detail == here.value.detail
 
 
-def test_killed_decoder(caplog: pytest.LogCaptureFixture) -> None:
+def test_decoder_killed_over_an_upload(caplog: pytest.LogCaptureFixture) -> None:
     """An upload whose decoder is killed fails, and the next one finds another decoder."""
     one = Decoder(TASK)
     killed = one.pid
-    os.kill(killed, signal.SIGKILL)
+    threading.Timer(0.3, os.kill, [killed, signal.SIGKILL]).start()
     with pytest.raises(DecoderLost):
-        one.decode(make_image())
+        one.decode(png_of_profiles(20_000))  # which takes longer
     assert f"decoder {killed} has ended" in caplog.text
     assert one.decode(make_image()).format == "PNG"
     one.close()
+
+
+def test_decoder_killed_while_it_waits(caplog: pytest.LogCaptureFixture) -> None:
+    """A decoder that ended while it had nothing to do costs no upload."""
+    one = Decoder(TASK)
+    killed = one.pid
+    os.kill(killed, signal.SIGKILL)
+    time.sleep(0.05)
+    assert one.decode(make_image()).format == "PNG"
+    assert f"decoder {killed} has ended" in caplog.text
+    one.close()
+
+
+def test_time_is_limited(decoders: Decoders) -> None:
+    """What takes longer than any honest picture ends with its decoder: 422, and the next passes."""
+    with pytest.raises(CorruptImage, match="too long"):
+        decoders.decode(png_of_profiles(20_000))
+    assert decoders.decode(make_image()).format == "PNG"
+
+
+def test_memory_is_limited() -> None:
+    """What asks for far more memory than its pixels need is refused it, and the decoder goes on."""
+    task = TASK.model_copy(update={"max_pixels": 20_000_000})
+    one = Decoder(task)
+    wide = encode(Image.new("1", (1, 20_000_000)), "PNG")  # each row costs some 20 bytes more
+    with pytest.raises(CorruptImage):
+        one.decode(wide)
+    assert one.decode(make_image()).format == "PNG"
+    peak_kib = int(Path(f"/proc/{one.pid}/status").read_text().partition("VmHWM:")[2].split()[0])
+    assert peak_kib < 600_000
+    one.close()
+
+
+def png_of_profiles(count: int) -> bytes:
+    """Return a PNG of one pixel and so many color profiles, a kB each that unpacks to a MB."""
+    profile = b"k\0\0" + zlib.compress(bytes(1_000_000))
+    chunk = b"iCCP" + profile
+    chunk = struct.pack(">I", len(profile)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    image = make_image(side=1)
+    end_of_header = 8 + 25  # signature, IHDR
+    return image[:end_of_header] + chunk * count + image[end_of_header:]
 
 
 def test_killed_nursery() -> None:
@@ -107,6 +151,7 @@ def test_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         monkeypatch.setattr(nursery(), "new_link", lambda: ours)
+        monkeypatch.setattr(decoder, "_limit_memory", lambda _: None)  # it would be this process's
         send(theirs, b"1")  # its process ID
         thread = threading.Thread(target=decoder.serve, args=[theirs])
         thread.start()

@@ -115,6 +115,19 @@ def costly(upload_bytes: int) -> dict[str, bytes]:
         "JPEG of as many scans as may be": scans(774, 990),
         "sequential JPEG of 1,000 scans": scans(1000, 1000, progressive=False),
     }
+    profile = b"k\0\0" + zlib.compress(bytes(1_000_000))
+    files["PNG of many color profiles"] = (
+        png[:33] + _chunk(b"iCCP", profile) * (room // (len(profile) + 12)) + png[33:]
+    )
+    exif = b"Exif\0\0" + b"I" * 600
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    files["JPEG of many EXIF segments"] = jpeg[:2] + segment * (room // len(segment)) + jpeg[2:]
+    # One EXIF entry, an orientation of two million fractions.
+    tiff = b"II" + struct.pack("<HIHHHIII", 42, 8, 1, 0x0112, 5, (room - 64) // 8, 26, 0)
+    files["PNG of a long orientation"] = (
+        png[:33] + _chunk(b"eXIf", tiff + bytes(range(1, 9)) * ((room - 64) // 8)) + png[33:]
+    )
+    files["PNG of 1 x 50,000,000"] = encode(Image.new("1", (1, 50_000_000)), "PNG")
     for name, side, options in (
         ("PNG", 7071, {"compress_level": 1}),
         ("WEBP", 4000, {"lossless": True, "quality": 0, "method": 0}),
@@ -122,6 +135,10 @@ def costly(upload_bytes: int) -> dict[str, bytes]:
         large = Image.new("RGBA", (side, side), (200, 10, 30, 128))
         files[f"{name} of {side} x {side}"] = encode(large, name, **options)
     return files
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def _run_length_bmp(side: int, runs: bytes) -> bytes:
