@@ -5,6 +5,7 @@ the answer: instead of our 413 a client that was still sending its upload would 
 """
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,20 @@ LINGER_S = 2.0
 LINGER_BYTES = 64 * 1024
 # A client that does not even read its last answer is not waited for any longer than this.
 FLUSH_S = 10.0
+
+
+_ESTABLISHED = 1  # netinet/tcp.h
+
+
+def has_hung_up(transport: asyncio.Transport) -> bool:
+    """Return whether the client has closed or reset its connection, without reading from it."""
+    if not hasattr(socket, "TCP_INFO"):  # it is Linux's
+        return False
+    client = transport.get_extra_info("socket")
+    try:
+        return bool(client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _ESTABLISHED)
+    except OSError:
+        return True
 
 
 class Farewell(asyncio.Transport):
@@ -63,8 +78,8 @@ class Farewell(asyncio.Transport):
         return self._timer is not None or self._transport.is_closing()
 
     def write(self, data: Any) -> None:
-        """Write, unless goodbye has been said."""
-        if self._timer is None:
+        """Write, unless goodbye has been said or the client is gone."""
+        if not self.is_closing():
             self._transport.write(data)
 
     def abort(self) -> None:

@@ -4,10 +4,15 @@ Starlette would spool a form to disk before any of our code runs, and its limits
 out; so it is parsed here, in memory.
 """
 
+from typing import TYPE_CHECKING
+
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from app.errors import EmptyBody, MalformedForm
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
 
 # Besides images a form may hold some other fields. Each part costs some 30 µs of the event loop: a
 # form of nothing but parts would hold it for seconds.
@@ -83,25 +88,12 @@ class Form:
         boundary = options.get(b"boundary", b"")
         if not boundary:
             raise MalformedForm("The multipart Content-Type names no boundary.")
-        self._parts_left = max_images + SPARE_PARTS
-        self._fields: dict[bytes, list[bytes]] = {}
-        self._header = (bytearray(), bytearray())  # name, value
-        self._name = b""
-        self._content = Pieces()
-        self._started = self._ended = False
+        # The parser knows the fields, and they know nobody: in a circle all of them would stay,
+        # the body with them, until the garbage collector comes.
+        self._fields = _Fields(max_images + SPARE_PARTS)
+        self._started = False
         try:
-            self._parser = MultipartParser(
-                boundary,
-                {
-                    "on_part_begin": self._begin,
-                    "on_header_field": lambda data, start, end: self._add(0, data[start:end]),
-                    "on_header_value": lambda data, start, end: self._add(1, data[start:end]),
-                    "on_header_end": self._end_header,
-                    "on_part_data": self._add_content,
-                    "on_part_end": self._end_part,
-                    "on_end": self._end,
-                },
-            )
+            self._parser = MultipartParser(boundary, self._fields.callbacks())
         except FormParserError as error:
             raise MalformedForm("The multipart boundary is not valid.") from error
 
@@ -121,32 +113,56 @@ class Form:
         """Return the one image of the field `file`.
 
         Raises:
-            EmptyBody, MalformedForm: as `images`; or there are several.
+            EmptyBody, MalformedForm: as `images`; or it is empty, or there are several.
         """
         images = self.images("file")
         if len(images) > 1:
             raise MalformedForm(
                 "The form has several fields 'file'; send many images to /classify/batch."
             )
+        if not images[0]:
+            raise EmptyBody("A field 'file' is empty; send an image.")
         return images[0]
 
     def images(self, field: str) -> list[bytes]:
-        """Return the images of all the fields of that name, in order.
+        """Return the images of all the fields of that name, in order; one may be empty.
 
         Raises:
-            EmptyBody: nothing came, or nothing in one of the fields.
+            EmptyBody: nothing came.
             MalformedForm: cut off before the closing boundary, or without the field.
         """
         if not self._started:
             raise EmptyBody("The request's body is empty; send an image.")
-        if not self._ended:
+        if not self._fields.are_whole:
             raise MalformedForm("The multipart form ends before its closing boundary.")
-        images = self._fields.get(field.encode(), [])
+        images = self._fields.found.get(field.encode(), [])
         if not images:
             raise MalformedForm(f"The form has no field '{field}'.")
-        if not all(images):
-            raise EmptyBody(f"A field '{field}' is empty; send an image.")
         return images
+
+
+class _Fields:
+    """What a parser has found so far."""
+
+    def __init__(self, most_parts: int) -> None:
+        self.found: dict[bytes, list[bytes]] = {}
+        self.are_whole = False
+        self._parts_left = most_parts
+        self._header = (bytearray(), bytearray())  # name, value
+        self._name = b""
+        self._content = Pieces()
+
+    def callbacks(self) -> "MultipartCallbacks":
+        """Return what the parser is to call."""
+        return {
+            "on_part_begin": self._begin,
+            "on_header_field": lambda data, start, end: self._add(0, data[start:end]),
+            "on_header_value": lambda data, start, end: self._add(1, data[start:end]),
+            "on_header_end": self._end_header,
+            "on_part_data": self._add_content,
+            "on_part_end": self._end_part,
+            "on_end": self._end,
+        }
 
     def _begin(self) -> None:
         self._name, self._content = b"", Pieces()
@@ -168,8 +184,8 @@ class Form:
         self._content.add(memoryview(data)[start:end])
 
     def _end_part(self) -> None:
-        self._fields.setdefault(self._name, []).append(self._content.join())
+        self.found.setdefault(self._name, []).append(self._content.join())
         self._content = Pieces()
 
     def _end(self) -> None:
-        self._ended = True
+        self.are_whole = True

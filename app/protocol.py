@@ -16,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from app.access import answer, report
 from app.errors import PROBLEM_JSON, BodyTimeout, kind_of, problem_json
 from app.express import Express, express
-from app.farewell import Farewell
+from app.farewell import Farewell, has_hung_up
 from app.head import read_head
 from app.refusal import Answered
 from app.settings import Settings
@@ -25,6 +25,8 @@ from app.wire import without_upgrade
 
 # What a request may hold besides its body: nginx's and most balancers' own limit for headers.
 MAX_HEADER_BYTES = 64 * 1024
+# Each costs a hundred times its bytes in memory; clients and balancers together send some thirty.
+MAX_HEADERS = 100
 # A chunk of one byte comes with five bytes of framing; extensions and trailers are not for us.
 FRAMING_PER_BODY_BYTE = 16
 # After the body's deadline, time for the application's own 408 before the connection is cut.
@@ -32,6 +34,8 @@ LAST_WORD_S = 1.0
 # Requests sent ahead of their answers. Clients that pipeline at all send a handful; each one that
 # waits holds a few kB, and one read from the socket could bring thousands.
 MAX_PIPELINED = 32
+# How often a client is looked at that has sent more than it has answers to.
+WATCH_S = 0.1
 # When the listener has closed, time for the first request of a connection opened just before.
 LAST_CALL_S = 0.5
 
@@ -52,6 +56,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._deaf = False  # what comes is no longer listened to
         self._body_bytes = 0  # of this message
         self._allowance = MAX_HEADER_BYTES  # bytes that may still come for this message
+        self._watch: asyncio.TimerHandle | None = None
         self._owed = 0  # bytes of this message's body that go past the parser
         self._express: Express | None = None  # the request that is served without ASGI
         self._farewell: Farewell
@@ -104,6 +109,17 @@ class BoundedProtocol(HttpToolsProtocol):
         self._body_bytes = 0
         self._allowance = max(self._allowance, MAX_HEADER_BYTES)
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header, or a trailer.
+
+        Raises:
+            OverflowError: there are too many; it stops the parser.
+        """
+        if len(self.headers) >= MAX_HEADERS:
+            self._refuse_headers()
+            raise OverflowError("too many headers")
+        super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """Give the body its own time.
 
@@ -130,6 +146,8 @@ class BoundedProtocol(HttpToolsProtocol):
             # After an early answer nobody could tell whether the body still comes (RFC 9110,
             # 10.1.1), nor after an upgrade that we pass over, which protocol.
             self.cycle.keep_alive = False
+        if self.pipeline and self._watch is None:
+            self._watch = self.loop.call_later(WATCH_S, self._watch_client)
 
     def on_body(self, body: bytes) -> None:
         """Pass the body on; its size is the application's to bound.
@@ -255,8 +273,20 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
         self.on_response_complete()
 
+    def _watch_client(self) -> None:
+        """Notice that a client is gone while nothing is read from it, its next request waiting."""
+        self._watch = None
+        if not self.pipeline or self.transport.is_closing():
+            return
+        if has_hung_up(self.transport):
+            self.transport.abort()
+        else:
+            self._watch = self.loop.call_later(WATCH_S, self._watch_client)
+
     def _refuse_headers(self) -> None:
-        self._refuse(431, "Headers too large", f"At most {MAX_HEADER_BYTES} bytes.")
+        self._refuse(
+            431, "Headers too large", f"At most {MAX_HEADERS}, of {MAX_HEADER_BYTES} bytes."
+        )
 
     def _close_if_idle(self) -> None:
         if not self._begun and (self.cycle is None or self.cycle.response_complete):

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.documents import decode_base64, parse_document
+from app.documents import ONE_AT_A_TIME, decode_base64, parse_document
 from app.errors import InvalidParameter
 
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
@@ -50,7 +50,7 @@ class InferRequest(BaseModel):
     id: str | None = None
     parameters: dict[str, Any] = {}
     inputs: list[InputTensor] = Field(min_length=1, max_length=1)
-    outputs: list[OutputRequest] | None = None
+    outputs: list[OutputRequest] | None = Field(default=None, max_length=len(_DATATYPES))
 
     @property
     def wanted(self) -> list[OutputRequest]:
@@ -62,11 +62,16 @@ class InferRequest(BaseModel):
 
 
 def read_request(body: bytes, json_length: str | None) -> tuple[InferRequest, list[bytes]]:
-    """Return the request and its encoded images.
+    """Return the request and its encoded images; one thread at a time.
 
     Raises:
         MalformedJson, InvalidParameter: not a request of the protocol.
     """
+    with ONE_AT_A_TIME:
+        return _read_request(body, json_length)
+
+
+def _read_request(body: bytes, json_length: str | None) -> tuple[InferRequest, list[bytes]]:
     length = len(body)
     if json_length is not None:
         if not (json_length.isdecimal() and len(json_length) < 16 and int(json_length) <= length):
@@ -78,7 +83,7 @@ def read_request(body: bytes, json_length: str | None) -> tuple[InferRequest, li
     if size is not None:
         if size != len(body) - length:
             raise InvalidParameter("binary_data_size differs from what follows the JSON.")
-        images = _split(body[length:])
+        images = _split(memoryview(body)[length:])
     else:
         images = [_image(element) for element in _flat(tensor.data or [])]
     if not images:
@@ -154,7 +159,7 @@ def _classes(count: Any, classes: int) -> int:
     return min(count, classes)
 
 
-def _split(data: bytes) -> list[bytes]:
+def _split(data: memoryview) -> list[bytes]:
     """Return the elements of a BYTES tensor."""
     elements, position = [], 0
     while position < len(data):
@@ -162,7 +167,7 @@ def _split(data: bytes) -> list[bytes]:
         if start > len(data):
             break
         position = start + _LENGTH.unpack_from(data, position)[0]
-        elements.append(data[start:position])
+        elements.append(bytes(data[start:position]))
     if position != len(data):
         raise InvalidParameter("The binary tensor 'image' is cut off.")
     return elements

@@ -28,7 +28,7 @@ from app.tensors import (
     read_request,
     write_response,
 )
-from app.uploads import read_body, read_deadline, unless_gone
+from app.uploads import after_body, read_body, read_deadline, unless_gone
 
 router = APIRouter(prefix="/v2", tags=["clients"])
 
@@ -133,10 +133,12 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
     service: Service = request.app.state.service
     deadline = read_deadline(request, service.settings)
     with service.admission.body() as budget:
-        body = await read_body(request, service.settings, budget)
         asked, images = await asyncio.to_thread(
-            read_request, body, request.headers.get(JSON_LENGTH_HEADER)
+            read_request,
+            await read_body(request, service.settings, budget),
+            request.headers.get(JSON_LENGTH_HEADER),
         )
+        deadline = after_body(deadline, request, service.settings)
         top_k = checked_top_k(_top_k(asked), classifier)
         results = await unless_gone(request, classifier.classify(images, deadline))
     logits = []
@@ -147,7 +149,8 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
     card = classifier.card
     head = {"model_name": card.name, "model_version": card.version, "id": asked.id}
     scores = np.stack([softmax(row) for row in logits])  # [images, classes]
-    answer, json_length = write_response(
+    answer, json_length = await asyncio.to_thread(
+        write_response,
         {name: value for name, value in head.items() if value is not None},
         asked.wanted,
         scores,

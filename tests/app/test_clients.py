@@ -255,6 +255,7 @@ class TestInferenceProtocol:
             ({"shape": [-1]}, "shape"),
             ({"data": []}, "empty"),
             ({"data": ["*"]}, "base64"),
+            ({"data": ["\u00e9"]}, "base64"),
             ({"data": None, "parameters": {"binary_data_size": 3}}, "binary_data_size"),
         ],
     )
@@ -264,6 +265,13 @@ class TestInferenceProtocol:
         assert answer.status_code == 422, answer.text
         assert word in answer.json()["detail"]
         assert answer.json()["error"] == answer.json()["detail"]
+
+    def test_outputs_without_end(self, client: TestClient) -> None:
+        """More outputs than there are names are refused: each costs what an answer costs."""
+        asked = self.body() | {"outputs": [{"name": "label"}] * 5}
+        answer = client.post(self.URL, json=asked)
+        assert answer.status_code == 422, answer.text
+        assert "outputs" in answer.json()["detail"]
 
     @pytest.mark.parametrize("tail", [b"\x05\x00\x00\x00abc", b"\x05\x00"])
     def test_cut_off_binary(self, client: TestClient, tail: bytes) -> None:

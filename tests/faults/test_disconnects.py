@@ -60,6 +60,33 @@ def test_queued_clients_reset(fake: Start, figure: Figure) -> None:
         assert "never retrieved" not in log
 
 
+@pytest.mark.parametrize("how", ["reset", "close"])
+def test_clients_gone_behind_requests_sent_ahead(fake: Start, figure: Figure, how: str) -> None:
+    """A client that has sent more requests than it has answers to is missed all the same."""
+    with fake(batch_ms=1500, max_batch=4, queue_budget_ms=60_000) as server:
+        before = json.loads(one(server.url, get("/observed")).body)["inferred"]
+        with dial(server.url) as busy:
+            busy.sendall(post(make_image()))
+            time.sleep(0.1)
+            clients = [dial(server.url) for _ in range(20)]
+            for client in clients:
+                client.sendall(post(make_image()) + post(make_image(), "/explain") + get("/livez"))
+            while json.loads(one(server.url, get("/observed")).body)["images"] < 21:
+                time.sleep(0.01)
+            for client in clients:
+                reset(client) if how == "reset" else client.close()
+            start = time.monotonic()
+            while (state := json.loads(one(server.url, get("/observed")).body))["images"] > 1:
+                assert time.monotonic() < start + 1
+            figure(f"gauges at 0 after {(time.monotonic() - start) * 1000:.0f} ms")
+            assert time.monotonic() - start < 0.25
+            assert b"200 OK" in read_answer(busy)
+        state = json.loads(one(server.url, get("/observed")).body)
+        assert (state["requests"], state["body_bytes"], state["images"]) == (0, 0, 0)
+        assert state["inferred"] == before + 1
+        assert "Traceback" not in server.log.read_text()
+
+
 def test_hang_up_during_the_upload(fake: Start, figure: Figure) -> None:
     """Clients that hang up in the middle of their upload leave no request and no byte behind."""
     with fake() as server:

@@ -120,6 +120,55 @@ def test_a_client_that_still_sends_reads_its_413(fake: Start, figure: Figure) ->
         assert answer.status_code == 413
 
 
+@pytest.mark.parametrize("path", ["/classify", "/explain", "/classify/batch"])
+def test_forms_over_the_limit_leave_nothing(fake: Start, figure: Figure, path: str) -> None:
+    """100 forms that turn out too large grow memory by less than 16 MiB."""
+    part = b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n' + bytes(LIMIT)
+    chunks = b"".join(
+        b"%x\r\n%b\r\n" % (len(piece), piece)
+        for piece in (part[start : start + 65536] for start in range(0, len(part), 65536))
+    )
+    head = b"POST %b HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n" % path.encode()
+    head += b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"
+    with fake(max_upload_bytes=LIMIT) as server:
+
+        def attack(times: int) -> None:
+            for _ in range(times):
+                with dial(server.url) as client:
+                    client.sendall(head + chunks)
+                    assert b" 413 " in read_answer(client)
+
+        attack(5)
+        before = server.resident_mib()
+        attack(100)
+        growth = server.resident_mib() - before
+        figure(f"{path}: +{growth:.1f} MiB")
+        assert growth < 16
+
+
+@pytest.mark.parametrize("path", ["/", "/classify"])
+def test_too_many_headers(fake: Start, figure: Figure, path: str) -> None:
+    """A hundred headers are taken; ten thousand tiny ones are refused before they fill memory."""
+    with fake() as server:
+        one(server.url, post(make_image()))
+        few = b"".join(b"h%d:\r\n" % number for number in range(90))
+        many = b"a:\r\n" * 16_000
+        taken = post(make_image(), path).replace(b"\r\n\r\n", b"\r\n" + few + b"\r\n", 1)
+        assert one(server.url, taken).status == 200
+        before = server.resident_mib()
+        clients = [dial(server.url) for _ in range(200)]
+        for client in clients:
+            with contextlib.suppress(ConnectionError):
+                client.sendall(b"POST %b HTTP/1.1\r\nHost: x\r\n%b" % (path.encode(), many))
+        answers = [read_answer(client) for client in clients]
+        growth = server.resident_mib() - before
+        for client in clients:
+            client.close()
+        figure(f"{len(answers)} × 431, memory grew by {growth:.1f} MiB")
+        assert {answer[9:12] for answer in answers} == {b"431"}
+        assert growth < 32
+
+
 @pytest.mark.slow
 def test_a_million_one_byte_chunks(fake: Start, figure: Figure) -> None:
     """100 requests of a million one-byte chunks grow memory by less than 8 MiB."""
