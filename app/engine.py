@@ -62,9 +62,9 @@ class OnnxEngine:
         gpu: GpuOptions = PLAIN_GPU,
         bucketed: bool = False,
     ) -> None:
-        if not path.is_file():
+        if not _is_file(path):
             raise StartupError(f"MIXER_MODEL={path}: no such file; give one from mixer-export")
-        self._session, self.provider = _open(path, device, threads, max_batch, gpu)
+        self._session, self.provider, remark = _open(path, device, threads, max_batch, gpu)
         try:
             self.card, self._golden = read_metadata(
                 self._session.get_modelmeta().custom_metadata_map
@@ -84,6 +84,8 @@ class OnnxEngine:
                 self._session = narrow
             self._batches = Shares(narrow, self._session, threads, tokens)
         self._check_golden(path, max_batch)
+        if remark:  # not before: what stops start-up is one line
+            logger.warning(remark)
 
     def run(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return logits float32 [batch, classes] for patches uint8 [batch, tokens, P·P·3]."""
@@ -126,18 +128,29 @@ class OnnxEngine:
 
 def _open(
     path: Path, device: Device, threads: int, max_batch: int, gpu: GpuOptions
-) -> "tuple[onnxruntime.InferenceSession, str]":
-    """Open a session on the device asked for; `auto` tries CUDA, then says why it is the CPU."""
+) -> "tuple[onnxruntime.InferenceSession, str, str]":
+    """Return a session on the device asked for, its provider, and what the operator should know.
+
+    `auto` tries CUDA, then says why it is the CPU.
+    """
+    remark = ""
     _runtime()  # without it there is no provider to ask for
     if device != "cpu":
         gpu = replace(gpu, tensorrt=device == "tensorrt")
         try:
-            return open_session(path, _options(threads), gpu, max_batch)
+            return *open_session(path, _options(threads), gpu, max_batch), remark
         except GpuMissing as missing:
             if device != "auto":
                 raise StartupError(f"MIXER_DEVICE={device}: {missing}") from missing
-            logger.warning("device auto: serving on the CPU, since %s", missing)
-    return _open_on_cpu(path, threads), CPU
+            remark = f"device auto: serving on the CPU, since {missing}"
+    return _open_on_cpu(path, threads), CPU, remark
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long a name, or one that cannot be
+        return False
 
 
 def _open_on_cpu(path: Path, threads: int) -> "onnxruntime.InferenceSession":

@@ -4,18 +4,23 @@ Occlusion (Zeiler and Fergus 2014, section 4.2) with whole patches: a Mixer sees
 patches, so they are its natural unit. The work runs through the same engine, in its spare time.
 """
 
+import asyncio
 import io
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from app.batcher import SPARE_BATCH_S
 from app.classifier import Classifier
-from app.errors import InvalidParameter, Problem, QueueFull
-from app.images import Picture, decode
+from app.decoder import Task
+from app.decoders import Decoder
+from app.errors import DeadlineExceeded, InvalidParameter, Problem, QueueFull
+from app.images import Picture
 from app.latency import LatencyTable
 from app.model_card import Preprocessing
 from app.predictions import softmax
@@ -69,13 +74,13 @@ class Explainer:
         if index is not None and index >= classes:
             raise InvalidParameter(f"index is {index}; it must be from 0 to {classes - 1}.")
         with self._only_one(waiting):
+            grid = _grid_side(self._classifier.card.preprocessing)
+            cell = self._cell(grid, deadline - time.monotonic())
             [result] = await self._classifier.classify([upload], deadline)
             if isinstance(result, Problem):
                 raise result
             chosen = int(result.logits.argmax()) if index is None else index
             before = _log_probability(result.logits, chosen)
-            grid = _grid_side(self._classifier.card.preprocessing)
-            cell = self._cell(grid)
             side = -(-grid // cell)
             lost: list[float] = []
             for start in range(0, side * side, CHUNK):
@@ -94,13 +99,22 @@ class Explainer:
             cell * self._classifier.card.preprocessing.patch_size,
         )
 
-    async def overlay(self, upload: bytes, explanation: Explanation) -> bytes:
-        """Return a PNG of what the model sees, bright where it looks."""
+    async def overlay(self, upload: bytes, explanation: Explanation, deadline: float) -> bytes:
+        """Return a PNG of what the model sees, bright where it looks.
+
+        Raises:
+            DeadlineExceeded: it was not done before `deadline`.
+            Problem: as for classifying the upload.
+        """
         preprocessing = self._classifier.card.preprocessing
         max_pixels = self._settings.max_pixels
-        return await self._classifier.in_decoder(
-            lambda: _overlay(upload, explanation, preprocessing, max_pixels)
-        )
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await self._classifier.in_decoder(
+                    lambda: _overlay(upload, explanation, preprocessing, max_pixels)
+                )
+        except TimeoutError:
+            raise DeadlineExceeded("The picture was not drawn in time.") from None
 
     @contextmanager
     def _only_one(self, waiting: int) -> Iterator[None]:
@@ -114,12 +128,23 @@ class Explainer:
         finally:
             self._running = False
 
-    def _cell(self, grid: int) -> int:
-        """Return the side, in patches, of the smallest cells that keep to the budget."""
-        for cell in range(1, grid):
+    def _cell(self, grid: int, left_s: float) -> int:
+        """Return the side, in patches, of the smallest cells that keep to budget and deadline.
+
+        Raises:
+            DeadlineExceeded: `left_s` seconds are too few even for the largest.
+        """
+        left_s -= self._latency.service_s(1)
+        for cell in range(1, grid + 1):
             count = (-(-grid // cell)) ** 2
-            if count <= MAX_OCCLUSIONS and self._latency.inference_s(count) <= BUDGET_S:
+            takes_s = self._latency.spare_s(count, SPARE_BATCH_S)
+            if count <= MAX_OCCLUSIONS and takes_s <= min(BUDGET_S, left_s):
                 return cell
+        if takes_s > left_s:
+            raise DeadlineExceeded(
+                f"An explanation takes another {takes_s * 1000:.0f} ms after the classification, "
+                f"and the request has {max(0.0, left_s) * 1000:.0f} ms."
+            )
         return grid
 
 
@@ -148,7 +173,8 @@ def _overlay(
     """Decode the model's view once more at a size for eyes, and darken what did not matter."""
     scale = -(-OVERLAY_SIDE // preprocessing.image_size)
     large = preprocessing.model_copy(update={"image_size": preprocessing.image_size * scale})
-    view = _unpatchify(decode(upload, large, max_pixels).patches, large)
+    with closing(Decoder(Task(preprocessing=large, max_pixels=max_pixels))) as decoder:
+        view = _unpatchify(decoder.decode(upload).patches, large)
     heat = np.clip(explanation.importance, 0, None)
     # The square root brings out what matters second most, as the eye expects of a picture.
     heat = np.sqrt(heat / max(float(heat.max()), 1e-9)) * 255

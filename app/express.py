@@ -36,8 +36,9 @@ PATH = "/classify"
 _TARGET = re.compile(rb"/classify(?:\?top_k=([1-9][0-9]{0,5}))?")
 _JSON = JSON.encode("ascii")
 _NO_BODY = RawBody()  # stands where none is being collected
-# Each changes how a request is read or answered, by rules that the framework's way knows.
-_UNUSUAL = frozenset({b"expect", b"origin", b"upgrade"})
+# Each changes how a request is read or answered, by rules that the framework's way knows. In
+# chunks a body may come as a million pieces: that way makes the client wait for them.
+_UNUSUAL = frozenset({b"expect", b"origin", b"transfer-encoding", b"upgrade"})
 _TIMEOUT = TIMEOUT_HEADER.encode("ascii")
 
 
@@ -178,6 +179,8 @@ class Express:
 
     def _complete(self) -> None:
         image, self._reader = self._reader.image(), _NO_BODY
+        if _TIMEOUT not in self._fields:
+            self._deadline = deadline_after(None, self._service.settings)
         self._predicted_s = self._service.admission.admit(1, self._deadline)
         entry = self._entry = self._service.classifier.submit(image, self._trace.request_id)
         if self._timer is not None:

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import logging
+import stat
 import time
 from pathlib import Path
 
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 # How soon a changed file counts; looking costs a microsecond, so once a second is free.
 RELOAD_PERIOD_S = 1.0
+# A thousand keys: every request is compared with all of them, and the event loop reads the file.
+MAX_BYTES = 64 * 1024
 # How the OpenAPI document names the two ways to send a key; neither checks it.
 KEY_SCHEMES = [
     Security(HTTPBearer(auto_error=False)),
@@ -46,7 +49,7 @@ class ApiKeys:
         if scheme.lower() != "bearer" or not key:
             key = headers.get("x-api-key", "")
         # The framework reads bytes of a header as Latin-1; the file is UTF-8.
-        digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
+        digest = hashlib.sha256(key.strip(" \t").encode("latin-1")).digest()
         # Digests are of one length, and no comparison ends early: time tells nothing of a key.
         return any([hmac.compare_digest(digest, known) for known in self._digests])  # noqa: C419 - a generator would stop at the first match
 
@@ -56,17 +59,22 @@ class ApiKeys:
             return
         self._checked_at = now
         try:
-            stamp = self._look()
-            if stamp != self._stamp:
+            found = self._look()
+            if found != self._stamp:
                 self._digests = self._read()
-                self._stamp = stamp
+                self._stamp = found
                 logger.info("API keys reread: %d", len(self._digests))
         except (OSError, ValueError) as error:
             logger.error("API keys kept as they were, the file cannot be read: %s", error)  # noqa: TRY400 - no traceback for an operator's slip
 
-    def _look(self) -> tuple[int, int, int]:
+    def _look(self) -> tuple[int, ...]:
+        """Return what changes with the file, unless reading it would take its time."""
         status = self._path.stat()
-        return status.st_mtime_ns, status.st_size, status.st_ino
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a regular file")
+        if status.st_size > MAX_BYTES:
+            raise ValueError(f"it is larger than {MAX_BYTES} bytes")
+        return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
     def _read(self) -> list[bytes]:
         lines = [line.strip() for line in self._path.read_text("utf-8-sig").splitlines()]

@@ -76,6 +76,11 @@ class LatencyTable:
         """
         return max(self._decode_s * pending / self._decode_threads, self.inference_s(pending))
 
+    def spare_s(self, images: int, piece_s: float) -> float:
+        """Return the seconds that `images` take in inferences of at most `piece_s` each."""
+        size = self.images_within(piece_s)
+        return -(-images // size) * self._seconds[size]
+
     def images_within(self, seconds: float) -> int:
         """Return how many images one inference of at most `seconds` holds; at least one."""
         sizes = range(self._max_batch, 1, -1)

@@ -33,6 +33,7 @@ from app.routes import (
 from app.service import Service
 from app.settings import Settings
 from app.spans import exporter
+from app.tensors import JSON_LENGTH_HEADER
 from app.uploads import TIMEOUT_HEADER
 
 logger = logging.getLogger(__name__)
@@ -111,8 +112,9 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
                 REQUEST_ID_HEADER,
                 TIMEOUT_HEADER,
                 "traceparent",
+                JSON_LENGTH_HEADER,
             ],
-            expose_headers=["Retry-After", REQUEST_ID_HEADER, "Server-Timing"],
+            expose_headers=["Retry-After", REQUEST_ID_HEADER, "Server-Timing", JSON_LENGTH_HEADER],
         )
     # Outside of everything: refusals and bugs have an ID and a log line, too.
     app.add_middleware(

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 # Longer than a balancer keeps an idle connection (nginx: 60 s), or it would send a request into a
 # connection that is just being closed.
 KEEP_ALIVE_S = 75
+BACKLOG = 2048  # connections that wait to be accepted, as uvicorn's own
 # Those who have connected before the listener closes are accepted within a few milliseconds; this
 # only bounds it.
 LAST_ACCEPT_S = 2.0
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _allow_descriptors(settings)
         engine = _open(settings)
         app = create_app(settings, engine)
+        _listen(listener, settings)
     except StartupError as error:
         sys.stderr.write(f"mixer-serve: {' '.join(str(error).splitlines())}\n")
         return 1
@@ -145,6 +147,10 @@ class DrainingServer(uvicorn.Server):
         while select.select(listeners, [], [], 0)[0] and time.monotonic() < give_up:  # noqa: ASYNC110 - no event says that nobody waits
             await asyncio.sleep(0.01)  # the event loop accepts them
         await super().shutdown(sockets)
+        # Whoever does not read its answer would hold up the end for as long as it may not read.
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        await asyncio.sleep(0)  # they are told, and with them what waits to write
 
 
 def _drop_newcomers(listener: socket.socket) -> None:
@@ -171,12 +177,25 @@ def _bind(settings: Settings) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, UnicodeError) as error:  # the latter for a name with an impossible label
-        reason = error.strerror if isinstance(error, OSError) else "no name of a host"
-        raise StartupError(
-            f"MIXER_HOST={settings.host} MIXER_PORT={settings.port}: cannot listen there ({reason})"
-        ) from error
+    except (OSError, UnicodeError) as error:
+        raise _cannot_listen(settings, error) from error
     return listener
+
+
+def _listen(listener: socket.socket, settings: Settings) -> None:
+    """Take connections from now on, unless another process that bound the port, too, was first."""
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        raise _cannot_listen(settings, error) from error
+
+
+def _cannot_listen(settings: Settings, error: OSError | UnicodeError) -> StartupError:
+    # A name with an impossible label is a UnicodeError.
+    reason = error.strerror if isinstance(error, OSError) else "no name of a host"
+    return StartupError(
+        f"MIXER_HOST={settings.host} MIXER_PORT={settings.port}: cannot listen there ({reason})"
+    )
 
 
 def _allow_descriptors(settings: Settings) -> None:

@@ -7,18 +7,19 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 from annotated_types import Ge, Le
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from app.arguments import Arguments
 from app.cpus import available_cpus
 from app.errors import StartupError
 from app.logs import LogFormat
 
 PREFIX = "MIXER_"
-_ORIGIN = r"(\*|https?://[^\s/,]+)"
+_ORIGIN = r"https?://[a-z0-9.\[\]:_-]+"  # as browsers send it (RFC 6454, section 6.2)
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "mixer-cifar10.onnx"
 
 
@@ -86,8 +87,8 @@ class Settings(BaseModel):
         default=10_000,
         ge=1,
         le=3_600_000,
-        description="time for one request from its headers to its answer, then 504; "
-        "X-Request-Timeout-Ms may ask for less",
+        description="time for one request from its whole body to its answer, then 504; "
+        "X-Request-Timeout-Ms may ask for less, and counts from the headers on",
     )
     max_requests: int = Field(
         default=1024,
@@ -146,8 +147,10 @@ class Settings(BaseModel):
     )
     cors_origins: str = Field(
         default="",
-        pattern=rf"^$|^{_ORIGIN}(\s*,\s*{_ORIGIN})*$",
-        json_schema_extra={"allowed": "origins such as https://shop.example, comma-separated"},
+        pattern=rf"^$|^\*$|^{_ORIGIN}(\s*,\s*{_ORIGIN})*$",
+        json_schema_extra={
+            "allowed": "origins such as https://shop.example in lower case, comma-separated, or *"
+        },
         description="origins whose pages may call the service, comma-separated; none by default",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -191,11 +194,6 @@ def read_settings(
     return settings
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise StartupError(f"{message}; see mixer-serve --help")
-
-
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -216,7 +214,7 @@ def _allowed(field: FieldInfo) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Arguments(
         prog="mixer-serve",
         description="Serve a Mixer that mixer-export wrote. Every flag is also an environment "
         "variable: --max-batch is MIXER_MAX_BATCH. A flag wins. `mixer-serve tune MODEL` "

@@ -10,6 +10,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from app.errors import StartupError
 from app.trace import SAMPLED, Trace
 
 if TYPE_CHECKING:
@@ -108,7 +109,11 @@ class Spans:
 
 
 def exporter() -> Spans | None:
-    """Return what exports spans, or None if no collector is named or the extra is missing."""
+    """Return what exports spans, or None if no collector is named or the extra is missing.
+
+    Raises:
+        StartupError: OpenTelemetry does not take its own variables as they are.
+    """
     if not any(os.environ.get(name) for name in _ENDPOINTS):
         return None
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
@@ -127,4 +132,8 @@ def exporter() -> Spans | None:
     if str(resource.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):
         resource = resource.merge(Resource({SERVICE_NAME: "mixer-serve"}))
     sampler = TracerProvider(resource=resource, shutdown_on_exit=False).sampler
-    return Spans(BatchSpanProcessor(OTLPSpanExporter()), sampler, resource)
+    try:
+        processor = BatchSpanProcessor(OTLPSpanExporter())
+    except ValueError as error:
+        raise StartupError(f"OTEL_… variables: {error}") from error
+    return Spans(processor, sampler, resource)

@@ -15,6 +15,7 @@ from typing import TextIO, get_args
 
 import numpy as np
 
+from app.arguments import Arguments
 from app.buckets import bucket_sizes
 from app.cpus import available_cpus
 from app.engine import CPU, Device, Engine, OnnxEngine
@@ -190,7 +191,7 @@ def _print(*lines: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="mixer-serve tune",
         description="Time a model on this machine, and write the settings that suit both.",
     )

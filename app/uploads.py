@@ -57,6 +57,17 @@ def read_deadline(request: Request, settings: Settings) -> float:
     return deadline_after(request.headers.get(TIMEOUT_HEADER), settings)
 
 
+def after_body(deadline: float, request: Request, settings: Settings) -> float:
+    """Return a request's deadline once its body is here.
+
+    What a client asks for counts from its headers on. Where it does not ask, the body has had a
+    time of its own, and the setting's begins now.
+    """
+    if TIMEOUT_HEADER in request.headers:
+        return deadline
+    return deadline_after(None, settings)
+
+
 def image_reader(content_type: str, max_images: int) -> Form | RawBody:
     """Return what reads a body of that type with one image: a form's field `file`, or all of it.
 

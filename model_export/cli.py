@@ -8,6 +8,7 @@ from typing import get_args
 from pydantic import ValidationError
 from tqdm import tqdm
 
+from app.arguments import Arguments
 from app.cpus import available_cpus
 from app.model_card import Interpolation, Preprocessing
 from model_export import checkpoints, labels, pictures, report, summary
@@ -105,7 +106,7 @@ def _override(published: Preprocessing, options: argparse.Namespace) -> Preproce
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mixer-export", description=__doc__)
+    parser = Arguments(prog="mixer-export", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_convert(commands.add_parser("convert", help="turn a checkpoint into a model file"))
 

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
+from app.arguments import Arguments
 from app.cpus import available_cpus
 from model_export.errors import ExportError
 from model_export.recipe import Recipe
@@ -63,7 +64,7 @@ def _adapt(options: argparse.Namespace) -> int:
 
 
 def _train_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mixer-train", description=__doc__)
+    parser = Arguments(prog="mixer-train", description=__doc__)
     parser.add_argument(
         "data",
         metavar="DATA_DIR",
@@ -118,7 +119,7 @@ def _add_field(group: Any, name: str, field: FieldInfo) -> None:
 
 
 def _adapt_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="mixer-train adapt",
         description="Give a model other classes: a new head on its frozen features, solved in "
         "closed form from a few pictures of each class.",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, Self
 
+from app.arguments import Arguments
 from app.client.files import NothingFoundError, find_images
 from app.client.results import OtherModelError, Prediction, Result, Writer, finished, open_writer
 
@@ -131,7 +132,7 @@ def _refuse(reason: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="mixer-classify",
         description="Classify many images with a running server or a model file. A run that was "
         "broken off goes on where it stopped when it is given the same --output again.",

@@ -31,12 +31,15 @@ class RemoteClassifier:
         self.concurrency = concurrency
         self._top_k = top_k
         self._retries = retries
-        self._client = httpx2.AsyncClient(
-            base_url=url.rstrip("/"),
-            headers=headers,
-            timeout=httpx2.Timeout(60, connect=10),
-            limits=httpx2.Limits(max_connections=concurrency),
-        )
+        try:
+            self._client = httpx2.AsyncClient(
+                base_url=url.rstrip("/"),
+                headers=headers,
+                timeout=httpx2.Timeout(60, connect=10),
+                limits=httpx2.Limits(max_connections=concurrency),
+            )
+        except httpx2.InvalidURL as error:
+            raise ServerError(f"{url}: no address of a server ({error})") from None
 
     async def __aenter__(self) -> "RemoteClassifier":
         """Ask the server which model it serves.

@@ -13,7 +13,15 @@ from app.routes.openapi import BYTES, CLASSIFY_STATUSES, image_body, problems
 from app.schemas import DEFAULT_TOP_K, TopK
 from app.service import Service
 from app.settings import Settings
-from app.uploads import JSON, media_type_of, read_deadline, read_image, read_images, unless_gone
+from app.uploads import (
+    JSON,
+    after_body,
+    media_type_of,
+    read_deadline,
+    read_image,
+    read_images,
+    unless_gone,
+)
 
 router = APIRouter(tags=["classify"])
 
@@ -31,10 +39,9 @@ async def classify(request: Request, top_k: TopK = None) -> Response:
     deadline = read_deadline(request, settings)
     count = checked_top_k(top_k, classifier)
     with service.admission.body() as budget:
-        [result] = await unless_gone(
-            request,
-            classifier.classify([await read_upload(request, settings, budget)], deadline),
-        )
+        upload = await read_upload(request, settings, budget)
+        deadline = after_body(deadline, request, settings)
+        [result] = await unless_gone(request, classifier.classify([upload], deadline))
     if isinstance(result, Problem):
         raise result
     return json_response(classification(result, classifier, count))
@@ -68,6 +75,7 @@ async def classify_batch(request: Request, top_k: TopK = None) -> Response:
     count = checked_top_k(top_k, classifier)
     with service.admission.body() as budget:
         uploads = await read_images(request, settings, budget)
+        deadline = after_body(deadline, request, settings)
         results = await unless_gone(request, classifier.classify(uploads, deadline))
     return json_response(
         schemas.BatchClassification(

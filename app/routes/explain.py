@@ -10,7 +10,7 @@ from app.routes.classify import json_response, model_name, read_upload
 from app.routes.openapi import BYTES, CLASSIFY_STATUSES, image_body, problems
 from app.schemas import Prediction
 from app.service import Service
-from app.uploads import read_deadline, unless_gone
+from app.uploads import after_body, read_deadline, unless_gone
 
 router = APIRouter(tags=["classify"])
 
@@ -40,11 +40,13 @@ async def explain(request: Request, index: Index = None) -> Response:
     deadline = read_deadline(request, settings)
     with service.admission.body() as budget:
         upload = await read_upload(request, settings, budget)
+        deadline = after_body(deadline, request, settings)
         found = await unless_gone(
             request, explainer.explain(upload, deadline, index, service.admission.images)
         )
         if PNG in request.headers.get("accept", ""):
-            return Response(await explainer.overlay(upload, found), media_type=PNG)
+            picture = await unless_gone(request, explainer.overlay(upload, found, deadline))
+            return Response(picture, media_type=PNG)
     card = service.classifier.card
     return json_response(
         schemas.Explained(

@@ -18,7 +18,7 @@ from app.predictions import best
 from app.routes.openapi import CLASSIFY_STATUSES, image_body, problems
 from app.schemas import DEFAULT_TOP_K
 from app.service import Service
-from app.uploads import JSON, media_type_of, read_deadline, read_image, unless_gone
+from app.uploads import JSON, after_body, media_type_of, read_deadline, read_image, unless_gone
 
 router = APIRouter(tags=["clients"])
 
@@ -59,6 +59,7 @@ async def classify(request: Request) -> Response:
             upload, parameters = document.inputs, document.parameters or parameters
         else:
             upload = await read_image(request, settings, budget)
+        deadline = after_body(deadline, request, settings)
         [result] = await unless_gone(request, classifier.classify([upload], deadline))
     if isinstance(result, Problem):
         raise result

@@ -1,6 +1,7 @@
 """Promise 13: who may come in, what every answer carries, what nobody ever reads in the log."""
 
 import json
+import os
 import secrets
 import time
 from pathlib import Path
@@ -39,7 +40,18 @@ def test_document_names_the_key_where_one_is_wanted(fake: Start, keys: Path) -> 
 def test_keys(fake: Start, keys: Path) -> None:
     """Without a known key all but health and pages is a 401 problem; both ways to send one do."""
     with fake(api_keys_file=keys) as server:
-        for request in (post(make_image()), get("/model"), get("/nowhere")):
+        posts = (
+            "/classify",
+            "/classify?x",
+            "/classify/batch",
+            "/explain",
+            "/",
+            "/v2/models/m/infer",
+        )
+        for request in (
+            *(post(make_image(), path) for path in posts),
+            *(get(path) for path in ("/model", "/nowhere", "/v2", "/v2/models/fake")),
+        ):
             answer = one(server.url, request)
             assert answer.status == 401
             assert answer.header("Content-Type") == "application/problem+json"
@@ -56,12 +68,16 @@ def test_keys(fake: Start, keys: Path) -> None:
 
 def test_keys_of_other_alphabets(fake: Start, keys: Path) -> None:
     """A key file may begin with a byte order mark, and hold keys that are no ASCII."""
-    keys.write_text("first\nclé-ключ\n", encoding="utf-8-sig")
+    keys.write_text("first\nclé-ключ\nclà\nkey\u0420\n", encoding="utf-8-sig")
     with fake(api_keys_file=keys) as server:
         assert one(server.url, post(make_image(), X_API_Key="first")).status == 200
-        sent = "clé-ключ".encode().decode("latin-1")
-        request = post(make_image(), X_API_Key="KEY").replace(b"KEY", sent.encode("latin-1"))
-        assert one(server.url, request).status == 200
+        for key in (
+            "clé-ключ",
+            "clà",
+            "key\u0420",
+        ):  # the last two end in a byte that may be a space
+            request = post(make_image(), X_API_Key="KEY").replace(b"KEY", key.encode())
+            assert one(server.url, request).status == 200
 
 
 def test_keys_are_rotated_without_a_restart(fake: Start, keys: Path, figure: Figure) -> None:
@@ -80,10 +96,22 @@ def test_keys_are_rotated_without_a_restart(fake: Start, keys: Path, figure: Fig
         assert one(server.url, post(make_image(), X_API_Key=OLD)).status == 200
         keys.write_text(f"{NEW}\n")
         wait_for(OLD, 401)
-        keys.write_text("")  # an operator's slip locks nobody out, and nobody in
-        time.sleep(1.2)
-        assert one(server.url, post(make_image(), X_API_Key=NEW)).status == 200
-        assert one(server.url, post(make_image(), X_API_Key="")).status == 401
+        # An operator's slip locks nobody out, nobody in, and holds nothing up.
+        for slip in (
+            lambda: keys.write_text(""),
+            lambda: keys.write_text("x\n" * 100_000),
+            keys.unlink,
+            lambda: os.mkfifo(keys),
+        ):
+            slip()
+            time.sleep(1.2)
+            assert one(server.url, post(make_image(), X_API_Key=NEW)).status == 200
+            assert one(server.url, post(make_image(), X_API_Key="")).status == 401
+        keys.unlink()
+        later = keys.with_suffix(".new")
+        later.write_text(f"{OLD}\n")
+        later.rename(keys)
+        wait_for(OLD, 200)
 
 
 def test_security_headers(fake: Start, keys: Path) -> None:

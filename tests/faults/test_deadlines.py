@@ -93,6 +93,29 @@ def test_late_body(fake: Start, figure: Figure, path: str) -> None:
         assert 0.29 < took_s < 0.6
 
 
+@pytest.mark.parametrize("path", ["/classify", "/classify?unusual=1", "/explain", "/"])
+def test_a_body_has_its_own_time(fake: Start, path: str) -> None:
+    """Without a deadline of the client's, the setting's begins when the body is whole."""
+    whole = post(make_image(), path)
+    with fake(request_timeout_ms=300) as server, dial(server.url) as client:
+        client.sendall(whole[:-10])
+        time.sleep(0.5)
+        client.sendall(whole[-10:])
+        assert read_answer(client).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("accept", ["application/json", "image/png"])
+def test_explanation_that_cannot_be_done_in_time(fake: Start, accept: str) -> None:
+    """An explanation that the measured latency has no time for is refused before any inference."""
+    with fake(batch_ms=200) as server:
+        before = inferred(server.url)
+        request = post(make_image(), "/explain", Accept=accept, X_Request_Timeout_Ms="390")
+        answer = one(server.url, request)
+        assert answer.status == 504
+        assert answer.latency_s < 0.1
+        assert inferred(server.url) == before
+
+
 def test_rested_service_forgets_a_slow_spell(fake: Start) -> None:
     """After slow batches a service that has rested takes requests in a hurry again."""
     with fake(batch_ms=20, max_batch=1) as server:

@@ -136,6 +136,20 @@ def test_stuck_decoder(fake: Start, figure: Figure) -> None:
         assert "stuck" in server.log.read_text()
 
 
+def test_client_that_does_not_read_does_not_hold_the_exit_up(fake: Start, figure: Figure) -> None:
+    """Answers that nobody reads end with the grace time, not with the time to read them."""
+    with fake(drain_delay_s=0.2, grace_s=0.5) as server, dial(server.url, 4096) as deaf:
+        deaf.sendall(get("/static/redoc.standalone.js") * 8)
+        time.sleep(0.5)
+        start = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        code = server.process.wait(20)
+        took_s = time.monotonic() - start
+        figure(f"gone after {took_s:.2f} s of 0.7")
+        assert took_s < 2
+        assert code == 0
+
+
 def test_second_sigterm(fake: Start, figure: Figure) -> None:
     """A second SIGTERM ends the process at once."""
     with fake(drain_delay_s=30) as server:
