@@ -31,9 +31,13 @@ _PROBLEMS: dict[str, type[Problem]] = {
 # An upload of the usual size then goes with one call, without waiting for the decoder to read.
 _BUFFER_BYTES = 1 << 20
 _ENVIRONMENT = {
-    # Pillow keeps as many blocks of up to 16 MiB for the next picture. Memory fresh from the system
-    # is zeroed page by page, which is a tenth of decoding a photo.
+    # Pillow keeps as many blocks of up to this size for the next picture. Memory fresh from the
+    # system is zeroed page by page, which is a tenth of decoding a photo.
     "PILLOW_BLOCKS_MAX": "2",
+    "PILLOW_BLOCK_SIZE": "4m",
+    # Likewise the C library, which would keep 64 MiB after a large picture (mallopt(3)).
+    "MALLOC_MMAP_THRESHOLD_": str(5 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(8 * 2**20),
     # numpy's threads would be there for nothing, and a process with threads cannot be forked well.
     "OPENBLAS_NUM_THREADS": "1",
 }

@@ -194,15 +194,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _eight_bit(image: Image.Image) -> Image.Image:
     """Scale 16-bit grey to 8 bits; Pillow's own conversion would clip all above 255 to white."""
-    grey = np.asarray(image).astype(np.uint32)  # [H, W]
+    table = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # rounded: 65535 is 255 · 257
     transparent = image.info.get("transparency")
-    shows_paper = grey == transparent if isinstance(transparent, int) else None
-    grey *= 255  # in place: a large picture has no room for copies
-    grey += 32767
-    grey //= 65535
-    scaled = grey.astype(np.uint8)
-    if shows_paper is not None:
-        scaled[shows_paper] = 255
+    if isinstance(transparent, int) and 0 <= transparent < 65536:
+        table[transparent] = 255
+    grey = np.asarray(image)  # [H, W]
+    scaled = np.empty(grey.shape, np.uint8)
+    for row in range(0, len(grey), 64):  # a large picture has no room for copies
+        scaled[row : row + 64] = table.take(grey[row : row + 64], mode="clip")
     return Image.fromarray(scaled)
 
 
