@@ -177,12 +177,17 @@ class BoundedProtocol(HttpToolsProtocol):
             head = read_head(data)
             if head is None or head.body_size > self.settings.max_upload_bytes:
                 break
+            # Before anything is answered: an answer that closes looks whether a body still comes.
+            self._begun, self._in_headers = head.body_size > len(data) - head.size, False
             if not self._by_express(head.target, head.headers, keep_alive=True):
+                self._begun, self._in_headers = False, True
                 break
             self._stop_clock()
             self._unset_keepalive_if_required()
-            self._begun, self._in_headers, self._owed = True, False, head.body_size
+            self._begun, self._owed = True, head.body_size
             data = self._take_body(data, head.size)
+            if self.transport.is_closing():
+                return b""
         return data
 
     def _take_body(self, data: bytes, start: int = 0) -> bytes:

@@ -100,7 +100,8 @@ class Settings(BaseModel):
         default=4096,
         ge=1,
         le=1_000_000,
-        description="open connections, idle ones included: a descriptor and some 10 kB each",
+        description="open connections, idle ones included: a descriptor and some 10 kB each, "
+        "128 KiB at the most",
     )
     max_upload_bytes: int = Field(
         default=20 * 2**20,
@@ -118,7 +119,7 @@ class Settings(BaseModel):
         default=50_000_000,
         ge=1,
         le=2**31,
-        description="pixels of one image, by its header: up to 20 bytes each while it is decoded",
+        description="pixels of one image, by its header: up to 12 bytes each while it is decoded",
     )
     header_timeout_s: float = Field(
         default=10, gt=0, ge=0.1, le=3600, description="time for a request's headers, then 408"

@@ -1,6 +1,7 @@
 """`POST /classify` past the framework and by its way: a client cannot tell the two apart."""
 
 import json
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -260,3 +261,16 @@ def test_usual_requests_in_pieces(server: Server, size: int) -> None:
         while heard.count(b"HTTP/1.1 200") < 2:
             heard += client.recv(65536)
     assert heard.index(b"x-request-id: a") < heard.index(b"x-request-id: b")
+
+
+def test_refused_while_it_is_sent(tmp_path: Path) -> None:
+    """An answer that ends the connection is read by a client that is still sending."""
+    whole = post(bytes(90_000), Content_Type="text/plain")
+    with serving(tmp_path / "log", "--drain-delay-s", "10") as running:
+        running.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        with dial(running.url) as client:
+            for start in range(0, len(whole), 30_000):
+                client.sendall(whole[start : start + 30_000])
+                time.sleep(0.05)
+            assert read_answer(client).startswith(b"HTTP/1.1 415")
