@@ -70,6 +70,13 @@ class Parsed:
 
 @given(start=STARTS, lines=st.lists(st.tuples(LINES, ENDS), max_size=6))
 @example(start="POST / HTTP/1.1\r\n", lines=[(("Content-Length", ":", " ", "7", " "), "\r\n")])
+@example(
+    start="POST / HTTP/1.1\r\n",
+    lines=[
+        (("Content-Length", ":", " ", "7", ""), "\r\n"),
+        (("Transfer-Encoding", ":", " ", "chunked", ""), "\r\n"),
+    ],
+)
 def test_never_another_reading_than_the_parsers(
     start: str, lines: list[tuple[tuple[str, ...], str]]
 ) -> None:

@@ -32,7 +32,14 @@ JPEGS = (
     encode(scene(33, 65).convert("L"), "JPEG", comment=b"some words"),
     encode(scene(40, 40), "JPEG", quality=100, subsampling=0, icc_profile=b"x" * 200),
     encode(scene(64, 64).convert("CMYK"), "JPEG"),
+    encode(scene(60, 40), "JPEG", xmp=b'<x:xmpmeta tiff:Orientation="6"/>'),
 )
+
+
+@pytest.mark.parametrize("whole", JPEGS)
+def test_each_kind(whole: bytes) -> None:
+    """Grey, turned by EXIF or XMP, progressive, CMYK: Pillow's own reading gives the same."""
+    _same_both_ways(whole, as_is(16))
 
 
 @given(
