@@ -191,10 +191,13 @@ class Batcher:
 
 def _settle(batch: list[Entry], logits: NDArray[np.float32] | None) -> None:
     """Give each entry its own row of the logits, on the event loop."""
-    for row, entry in enumerate(batch):
-        if logits is None:
+    if logits is None:
+        for entry in batch:
             entry.fail(InferenceFailed("The engine failed on this batch; the next may pass."))
-        elif not np.isfinite(logits[row]).all():
+        return
+    finite: list[bool] = np.isfinite(logits).all(axis=1).tolist()
+    for entry, row, is_finite in zip(batch, logits, finite, strict=True):
+        if not is_finite:
             entry.fail(InferenceFailed("The model's logits are not finite."))
         elif not entry.future.done():
-            entry.future.set_result(logits[row])
+            entry.future.set_result(row)

@@ -26,11 +26,24 @@ The class says what the client may know (`detail`); what only the operator may k
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import Field
 from pydantic_core import to_json
+from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 PROBLEM_JSON = b"application/problem+json"
+
+
+class ProblemBody(TypedDict):
+    """An error, RFC 9457."""
+
+    type: Annotated[str, Field(examples=["urn:problem-type:mixer-serve:corrupt-image"])]
+    title: Annotated[str, Field(examples=["Corrupt image"])]
+    status: Annotated[int, Field(examples=[422])]
+    detail: Annotated[
+        str, Field(examples=["The image cannot be decoded: image file is truncated."])
+    ]
 
 
 class StartupError(Exception):
@@ -58,7 +71,7 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's own word
         """Return the problem object as JSON."""
         return problem_json(self.status, self.title, self.detail)
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> ProblemBody:
         """Return the problem object of RFC 9457, section 3."""
         return problem_body(self.status, self.title, self.detail)
 
@@ -218,11 +231,11 @@ def problem_json(status: int, title: str, detail: str) -> bytes:
     return to_json(problem_body(status, title, detail))
 
 
-def problem_body(status: int, title: str, detail: str) -> dict[str, Any]:
+def problem_body(status: int, title: str, detail: str) -> ProblemBody:
     """Return an RFC 9457 problem object; the type is stable for clients to switch on."""
-    return {
-        "type": f"urn:problem-type:mixer-serve:{kind_of(title)}",
-        "title": title,
-        "status": status,
-        "detail": detail,
-    }
+    return ProblemBody(
+        type=f"urn:problem-type:mixer-serve:{kind_of(title)}",
+        title=title,
+        status=status,
+        detail=detail,
+    )

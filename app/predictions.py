@@ -1,6 +1,7 @@
 """From logits to the best labels."""
 
-from heapq import nlargest
+import math
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -17,12 +18,6 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return exponents / float(exponents.sum())
 
 
-def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return each label's own probability, float64 [classes], stable for any range."""
-    halves: NDArray[np.float64] = np.tanh(logits.astype(np.float64) / 2)
-    return (halves + 1) / 2
-
-
 def best(
     logits: NDArray[np.float32],
     labels: tuple[str, ...],
@@ -30,15 +25,25 @@ def best(
     function: ScoreFunction = "softmax",
 ) -> list[Prediction]:
     """Return the `top_k` labels of the highest scores, best first; ties by the lower index."""
-    scores = _scores(logits, function)
-    # Not by numpy's argsort: it lets go of the GIL for even ten numbers, and the event loop then
-    # waits its turn behind the other threads.
-    values: list[float] = scores.tolist()
-    order = nlargest(top_k, range(len(values)), key=values.__getitem__)
-    return [Prediction(label=labels[index], index=index, score=values[index]) for index in order]
+    # No function changes the order of the logits, so only what is answered needs a score.
+    lowest = np.partition(logits, -top_k)[-top_k]
+    [indices] = (logits >= lowest).nonzero()
+    found = sorted(zip(logits[indices].tolist(), indices.tolist(), strict=True), key=_logit)
+    del found[top_k:]
+    score = _softmax_of(logits, found[0][0]) if function == "softmax" else _SCORES[function]
+    return [Prediction(label=labels[index], index=index, score=score(x)) for x, index in found]
 
 
-def _scores(logits: NDArray[np.float32], function: ScoreFunction) -> NDArray[np.float64]:
-    if function == "softmax":
-        return softmax(logits)
-    return sigmoid(logits) if function == "sigmoid" else logits.astype(np.float64)
+def _logit(found: tuple[float, int]) -> float:
+    return -found[0]  # sorting keeps the order of equals
+
+
+def _softmax_of(logits: NDArray[np.float32], highest: float) -> Callable[[float], float]:
+    whole = float(np.exp(logits.astype(np.float64) - highest).sum())
+    return lambda logit: math.exp(logit - highest) / whole
+
+
+_SCORES: dict[ScoreFunction, Callable[[float], float]] = {
+    "sigmoid": lambda logit: (math.tanh(logit / 2) + 1) / 2,  # stable for any range
+    "none": float,
+}

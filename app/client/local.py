@@ -64,4 +64,4 @@ class LocalClassifier:
         if isinstance(result, Problem):
             raise ImageError(result.detail)
         found = best(result.logits, self._classifier.card.labels, self.top_k)
-        return [Prediction(one.label, one.index, one.score) for one in found]
+        return [Prediction(**one) for one in found]

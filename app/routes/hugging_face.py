@@ -4,8 +4,11 @@ https://huggingface.co/docs/inference-providers/tasks/image-classification: raw 
 parameters, JSON with base64 where there are some.
 """
 
+from typing import Annotated
+
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from app.documents import (
     EXAMPLE_IMAGE,
@@ -15,6 +18,7 @@ from app.documents import (
 )
 from app.errors import Problem
 from app.predictions import best
+from app.routes.classify import json_response
 from app.routes.openapi import CLASSIFY_STATUSES, image_body, problems
 from app.schemas import DEFAULT_TOP_K
 from app.service import Service
@@ -28,14 +32,11 @@ _EXAMPLE = {
 }
 
 
-class LabelScore(BaseModel):
+class LabelScore(TypedDict):
     """One label, best first."""
 
-    label: str = Field(examples=["cat"])
-    score: float = Field(examples=[0.93])
-
-
-_answer = TypeAdapter(list[LabelScore])
+    label: Annotated[str, Field(examples=["cat"])]
+    score: Annotated[float, Field(examples=[0.93])]
 
 
 @router.post(
@@ -70,5 +71,4 @@ async def classify(request: Request) -> Response:
         min(parameters.top_k or DEFAULT_TOP_K, len(labels)),
         parameters.function_to_apply or "softmax",
     )
-    answer = [LabelScore(label=p.label, score=p.score) for p in predictions]
-    return Response(_answer.dump_json(answer), media_type="application/json")
+    return json_response([LabelScore(label=p["label"], score=p["score"]) for p in predictions])
