@@ -195,7 +195,7 @@ def _settle(batch: list[Entry], logits: NDArray[np.float32] | None) -> None:
         for entry in batch:
             entry.fail(InferenceFailed("The engine failed on this batch; the next may pass."))
         return
-    finite: list[bool] = np.isfinite(logits).all(axis=1).tolist()
+    finite = np.logical_and.reduce(np.isfinite(logits), axis=1).tolist()
     for entry, row, is_finite in zip(batch, logits, finite, strict=True):
         if not is_finite:
             entry.fail(InferenceFailed("The model's logits are not finite."))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Literal
 
 import numpy as np
@@ -28,17 +29,18 @@ def best(
     # No function changes the order of the logits, so only what is answered needs a score.
     lowest = np.partition(logits, -top_k)[-top_k]
     [indices] = (logits >= lowest).nonzero()
-    found = sorted(zip(logits[indices].tolist(), indices.tolist(), strict=True), key=_logit)
-    del found[top_k:]
+    if len(indices) > top_k:  # several share the last place
+        indices = np.argsort(-logits, kind="stable")[:top_k]
+    pairs = zip(logits[indices].tolist(), indices.tolist(), strict=True)
+    found = sorted(pairs, key=itemgetter(0), reverse=True)  # keeps the order of equals
     score = _softmax_of(logits, found[0][0]) if function == "softmax" else _SCORES[function]
-    return [Prediction(label=labels[index], index=index, score=score(x)) for x, index in found]
-
-
-def _logit(found: tuple[float, int]) -> float:
-    return -found[0]  # sorting keeps the order of equals
+    return [
+        Prediction(label=labels[index], index=index, score=score(logit)) for logit, index in found
+    ]
 
 
 def _softmax_of(logits: NDArray[np.float32], highest: float) -> Callable[[float], float]:
+    """Return what makes a logit a probability, stable for any range."""
     whole = float(np.exp(logits.astype(np.float64) - highest).sum())
     return lambda logit: math.exp(logit - highest) / whole
 
