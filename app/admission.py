@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from app.errors import DeadlineExceeded, QueueFull, TooManyImages
 from app.latency import LatencyTable
@@ -20,6 +21,14 @@ _HEADROOM = 0.7
 # longer for two than the budget is long: it would never see a full batch, and refused clients that
 # come again at once would take the very cores that it runs on.
 _BATCHES_TAKEN = 4
+
+
+class Refusal(NamedTuple):
+    """Why no more is taken; a QueueFull yet to be raised, and under overload one of very few."""
+
+    detail: str
+    retry_after_s: int
+    reason: str
 
 
 class Admission:
@@ -53,16 +62,14 @@ class Admission:
         """
         refusal = self.refusal()
         if refusal is not None:
-            raise refusal
+            raise QueueFull(*refusal)
         self.requests += 1
 
-    def refusal(self) -> QueueFull | None:
+    def refusal(self) -> Refusal | None:
         """Return why one more request would be refused now, or None if it would not be."""
         if self.requests >= self._settings.max_requests:
-            return self._full("Too many requests are in flight.", "requests")
-        if self._is_over_budget():
-            return self._full("The queue is too long.", "queue-budget")
-        return None
+            return self._refusal("Too many requests are in flight.", "requests")
+        return self._over_budget()
 
     def leave(self) -> None:
         """Give a request's place back."""
@@ -105,8 +112,9 @@ class Admission:
             raise TooManyImages(f"The request holds {images} images; at most {limit} are taken.")
         if self.images + images > limit:
             raise self._full("The queue is full.", "queue-size")
-        if self._is_over_budget():
-            raise self._full("The queue is too long.", "queue-budget")
+        over_budget = self._over_budget()
+        if over_budget is not None:
+            raise QueueFull(*over_budget)
         left_s = deadline - time.monotonic()
         service_s = self._latency.service_s(images)
         is_idle = self.images == 0
@@ -134,16 +142,21 @@ class Admission:
             raise self._full("Too many bytes are in flight.", "bytes")
         self.body_bytes += count
 
-    def _is_over_budget(self) -> bool:
-        """Return whether one more image, which counts itself, would wait longer than the budget."""
+    def _over_budget(self) -> Refusal | None:
+        """Return a refusal if one more image, which counts itself, would outlast the budget."""
         if self.images < _BATCHES_TAKEN * self._settings.max_batch:
-            return False
+            return None
         wait_s = self._latency.wait_s(self.images + 1)
-        return wait_s * 1000 > self._settings.queue_budget_ms * _HEADROOM
+        if wait_s * 1000 <= self._settings.queue_budget_ms * _HEADROOM:
+            return None
+        return Refusal("The queue is too long.", max(1, math.ceil(wait_s)), "queue-budget")
+
+    def _refusal(self, detail: str, reason: str) -> Refusal:
+        """Refuse, saying when the present queue will have been worked off."""
+        return Refusal(detail, max(1, math.ceil(self._latency.wait_s(self.images))), reason)
 
     def _full(self, detail: str, reason: str) -> QueueFull:
-        """Refuse, saying when the present queue will have been worked off."""
-        return QueueFull(detail, max(1, math.ceil(self._latency.wait_s(self.images))), reason)
+        return QueueFull(*self._refusal(detail, reason))
 
 
 class BodyBudget:

@@ -19,6 +19,7 @@ from starlette.datastructures import Headers
 from app.access import CLIENT_GONE, FAULT, answer, report
 from app.admission import BodyBudget
 from app.batcher import Entry
+from app.clock import Clock
 from app.errors import PROBLEM_JSON, BodyTooLarge, DeadlineExceeded, NotReady, Problem
 from app.forms import Form, RawBody
 from app.refusal import ANSWERED, Answered, refuse
@@ -48,13 +49,15 @@ def express(
     headers: list[tuple[bytes, bytes]],
     default_headers: list[tuple[bytes, bytes]],
     write: Callable[[bytes], None],
+    clock: Clock,
     *,
     keep_alive: bool = True,
 ) -> "Express | Answered | None":
     """Return what serves a `POST` to `target`, or None if there is anything unusual about it.
 
     `default_headers` go with the answer, whose bytes are given to `write`; a request that the door
-    refuses has its answer at once. `keep_alive` says whether the connection stays open afterwards.
+    refuses has its answer at once. `clock` keeps the deadline; `keep_alive` says whether the
+    connection stays open afterwards.
     """
     found = _TARGET.fullmatch(target)
     if found is None:
@@ -65,14 +68,14 @@ def express(
     if service.keys is not None and not service.keys.allow(Headers(raw=headers)):
         return None
     if keep_alive and service.spans is None and not service.draining:
-        full = service.admission.refusal()
-        if full is not None:
-            write(refuse(service, full, PATH, fields, default_headers))
+        refusal = service.admission.refusal()
+        if refusal is not None:
+            write(refuse(service, refusal, PATH, fields, default_headers))
             return ANSWERED
     if fields.get(b"content-type", b"").lower().startswith(_JSON):
         return None
     top_k = None if found[1] is None else int(found[1])
-    return Express(service, fields, top_k, default_headers, write, keep_alive)
+    return Express(service, fields, top_k, default_headers, write, clock, keep_alive)
 
 
 class Express:
@@ -92,6 +95,7 @@ class Express:
         top_k: int | None,
         default_headers: list[tuple[bytes, bytes]],
         write: Callable[[bytes], None],
+        clock: Clock,
         keep_alive: bool,
     ) -> None:
         self.keep_alive = keep_alive
@@ -103,13 +107,13 @@ class Express:
         self._asked = top_k
         self._default_headers = default_headers
         self._write = write
+        self._clock = clock
         self._on_response: Callable[[], None] = _nothing
         self._trace = new_trace(self._field(b"x-request-id"), self._field(b"traceparent"))
         self._trace.is_traced = self._trace.is_traced or service.spans is not None
         self._budget = BodyBudget(self._service.admission)
         self._is_in = False  # counted by the door
         self._entry: Entry | None = None
-        self._timer: asyncio.TimerHandle | None = None
         self._reader: Form | RawBody = _NO_BODY
 
     def begin(self, on_response: Callable[[], None]) -> None:
@@ -162,8 +166,7 @@ class Express:
         )
         if _TIMEOUT in self._fields:
             # Without one, the body has its own time, and the deadline only what follows.
-            left_s = self._deadline - time.monotonic()
-            self._timer = asyncio.get_running_loop().call_later(left_s, self._be_late)
+            self._clock.start(self._deadline - time.monotonic(), self._be_late)
         self._top_k = checked_top_k(self._asked, service.classifier)
         self._reader = image_reader(self._field(b"content-type"), settings.queue_size)
         if is_longer(self._field(b"content-length"), settings.max_upload_bytes):
@@ -183,10 +186,7 @@ class Express:
             self._deadline = deadline_after(None, self._service.settings)
         self._predicted_s = self._service.admission.admit(1, self._deadline)
         entry = self._entry = self._service.classifier.submit(image, self._trace.request_id)
-        if self._timer is not None:
-            self._timer.cancel()
-        left_s = self._deadline - time.monotonic()
-        self._timer = entry.future.get_loop().call_later(max(0.0, left_s), entry.release)
+        self._clock.start(max(0.0, self._deadline - time.monotonic()), entry.release)
         entry.future.add_done_callback(lambda _: self._guard(self._collect))
 
     def _be_late(self) -> None:
@@ -224,8 +224,7 @@ class Express:
         """Give back what the request held, report it, and let the connection go on."""
         self.response_complete = True
         self._reader = _NO_BODY  # what came stays no longer than it is counted
-        if self._timer is not None:
-            self._timer.cancel()
+        self._clock.stop()
         if self._entry is not None:
             self._entry.release()
             self._service.admission.dismiss(1)

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Literal
 
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from app.trace import current
 
 LogFormat = Literal["auto", "json", "text"]
+_LEVELS = {logging.INFO: "info", logging.ERROR: "error"}  # of requests
 
 
 def configure(level: str, log_format: LogFormat) -> None:
@@ -29,39 +30,25 @@ def configure(level: str, log_format: LogFormat) -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
-def write_request(
-    logger: logging.Logger, level: int, request_id: str, fields: Mapping[str, object]
-) -> None:
+def write_request(logger: logging.Logger, level: int, request_id: str, members: str) -> None:
     """Write the line of an answered request, if `logger` writes lines of this level at all.
 
-    There is one for each request, refusals included: a record of `logging` with all that belongs to
-    it costs more than everything else about a refusal, so a line of JSON goes without one.
+    `members` are those of a JSON object. There is such a line for each request, refusals included:
+    a record of `logging`, and a dictionary to be encoded, would cost more than all the rest of a
+    refusal. So a line of JSON goes without either, and only text takes its members apart.
     """
     if not logger.isEnabledFor(level):
         return
     handlers = logging.root.handlers
     if len(handlers) == 1 and type(handlers[0].formatter) is JsonFormatter:
-        line = json_line(
-            time.time(), logging.getLevelName(level).lower(), "request", request_id, fields
+        now, name = _time(time.time()), _LEVELS[level]
+        handlers[0].stream.write(  # type: ignore[attr-defined] # `configure` made it
+            f'{{"time":"{now}","level":"{name}","message":"request","request_id":"{request_id}",'
+            f"{members}}}\n"
         )
-        handlers[0].stream.write(line + "\n")  # type: ignore[attr-defined] # `configure` made it
     else:
-        logger.log(level, "request", extra={"fields": fields, "request_id": request_id})
-
-
-def json_line(
-    seconds: float, level: str, message: str, request_id: str | None, fields: Mapping[str, object]
-) -> str:
-    """Return one line as JSON without its line break; `seconds` are of `time.time()`."""
-    line: dict[str, object] = {
-        "time": f"{_second(int(seconds))}.{int(seconds % 1 * 1000):03}+00:00",
-        "level": level,
-        "message": message,
-    }
-    if request_id:
-        line["request_id"] = request_id
-    line.update(fields)
-    return to_json(line, fallback=str).decode()
+        extra = {"fields": from_json(f"{{{members}}}"), "request_id": request_id}
+        logger.log(level, "request", extra=extra)
 
 
 class JsonFormatter(logging.Formatter):
@@ -72,8 +59,15 @@ class JsonFormatter(logging.Formatter):
         fields: Mapping[str, object] = getattr(record, "fields", {})
         if record.exc_info:
             fields = {**fields, "traceback": self.formatException(record.exc_info)}
-        level, message = record.levelname.lower(), record.getMessage()
-        return json_line(record.created, level, message, _request_id(record), fields)
+        line: dict[str, object] = {
+            "time": _time(record.created),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        request_id = _request_id(record)
+        if request_id:
+            line["request_id"] = request_id
+        return to_json(line | {**fields}, fallback=str).decode()
 
 
 class TextFormatter(logging.Formatter):
@@ -91,6 +85,11 @@ class TextFormatter(logging.Formatter):
             parts.append(f"id={request_id}")
         text = " ".join(parts)
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def _time(seconds: float) -> str:
+    """Return seconds of `time.time()` as ISO 8601 with milliseconds."""
+    return f"{_second(int(seconds))}.{int(seconds % 1 * 1000):03}+00:00"
 
 
 @lru_cache(maxsize=2)

@@ -14,6 +14,7 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.access import answer, report
+from app.clock import Clock
 from app.errors import PROBLEM_JSON, BodyTimeout, kind_of, problem_json
 from app.express import Express, express
 from app.farewell import Farewell, has_hung_up
@@ -48,7 +49,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._deadline: asyncio.TimerHandle | None = None
+        self._clock = Clock(self.loop)  # on what has begun to come, or on the next request
+        self._patience = Clock(self.loop)  # on the request that is being served
+        self._is_idle = False  # between requests
         self._write_deadline: asyncio.TimerHandle | None = None
         self._begun = False  # a message has begun to arrive and is not complete
         self._is_whole = False  # a message became complete in what came last
@@ -72,9 +75,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clocks, and whatever is being done for the client."""
-        self._stop_clock()
         if self._express is not None:
             self._express.hang_up()
+        self._clock.end()
+        self._patience.end()
         self.resume_writing()
         self._farewell.end()
         super().connection_lost(exc)
@@ -86,6 +90,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._deaf:
             return
+        self._wake()
         data = self._take_body(data) if self._owed else self._take_usual(data)
         if not data or self.transport.is_closing():
             return
@@ -93,7 +98,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._is_whole = False
         super().data_received(without_upgrade(data) if self._in_headers else data)
         is_more_due = (self._begun or not self._is_whole) and not self._deaf
-        if is_more_due and self._deadline is None and not self.transport.is_closing():
+        if is_more_due and not self._clock.is_running and not self.transport.is_closing():
             self._start_clock(self._patience_s())
         allowed = self._allowance + self._body_bytes * FRAMING_PER_BODY_BYTE
         if allowed < 0 and not self.transport.is_closing():
@@ -105,6 +110,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Grant the new message its headers."""
         super().on_message_begin()
+        self._wake()  # what came before may have ended in the same read
         self._begun = self._in_headers = True
         self._body_bytes = 0
         self._allowance = max(self._allowance, MAX_HEADER_BYTES)
@@ -134,7 +140,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             raise OverflowError("too many requests are pipelined")
         self._in_headers = False
-        self._stop_clock()  # `data_received` starts the body's, if the body is still to come
+        self._clock.stop()  # `data_received` starts the body's, if the body is still to come
         if (
             self.parser.get_method() == b"POST"
             and self.parser.get_http_version() == "1.1"
@@ -182,7 +188,7 @@ class BoundedProtocol(HttpToolsProtocol):
             if not self._by_express(head.target, head.headers, keep_alive=True):
                 self._begun, self._in_headers = False, True
                 break
-            self._stop_clock()
+            self._clock.stop()
             self._unset_keepalive_if_required()
             self._begun, self._owed = True, head.body_size
             data = self._take_body(data, head.size)
@@ -198,12 +204,12 @@ class BoundedProtocol(HttpToolsProtocol):
             self.cycle.feed(data[start:end])
         if self._owed == 0:
             self._end_message()
-        elif self._deadline is None and not self.transport.is_closing():
+        elif not self._clock.is_running and not self.transport.is_closing():
             self._start_clock(self._patience_s())
         return data[end:]
 
     def _end_message(self) -> None:
-        self._stop_clock()
+        self._clock.stop()
         self._begun = False
         self._in_headers = self._is_whole = True
         self._allowance, self._body_bytes = MAX_HEADER_BYTES, 0
@@ -211,11 +217,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self.cycle.complete()
         else:
             super().on_message_complete()
-        if self.cycle.response_complete and self.timeout_keep_alive_task is None:
-            # Answered early: what came since has stopped uvicorn's clock on an idle connection.
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+        if self.cycle.response_complete:  # early: what came since has stopped uvicorn's own clock
+            self._rest()
 
     def pause_writing(self) -> None:
         """Start the clock on a client that does not read its answers."""
@@ -257,6 +260,7 @@ class BoundedProtocol(HttpToolsProtocol):
             headers,
             self.server_state.default_headers,
             self.transport.write,
+            self._patience,
             keep_alive=keep_alive,
         )
         if found is None:
@@ -276,7 +280,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self.tasks.discard(found)
         if not found.keep_alive:
             self.transport.close()
-        self.on_response_complete()
+        if self.pipeline or self.flow.read_paused:
+            self.on_response_complete()
+        else:
+            self.server_state.total_requests += 1
+            self._rest()
 
     def _watch_client(self) -> None:
         """Notice that a client is gone while nothing is read from it, its next request waiting."""
@@ -306,16 +314,21 @@ class BoundedProtocol(HttpToolsProtocol):
         return self.settings.body_timeout_s + LAST_WORD_S
 
     def _start_clock(self, seconds: float) -> None:
-        self._stop_clock()
-        self._deadline = self.loop.call_later(seconds, self._on_deadline)
+        self._is_idle = False
+        self._clock.start(seconds, self._on_deadline)
 
-    def _stop_clock(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+    def _rest(self) -> None:
+        """Start the clock on an idle connection, unless the next request has begun to come."""
+        if not self._clock.is_running and not self.transport.is_closing():
+            self._is_idle = True
+            self._clock.start(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def _wake(self) -> None:
+        if self._is_idle:
+            self._is_idle = False
+            self._clock.stop()
 
     def _on_deadline(self) -> None:
-        self._deadline = None
         is_answered = self.cycle is None or self.cycle.response_complete
         if self.flow.read_paused or (self._in_headers and not is_answered):
             # We made the client wait, not it us: a pipelined request behind a slow one.
@@ -337,7 +350,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
             if self._in_headers:
                 self._deaf = True
-                self._stop_clock()
+                self._clock.stop()
             else:
                 self.transport.close()
             return

@@ -6,11 +6,13 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from app.clock import Clock
 from app.express import express
 from app.main import create_app
 from app.settings import Settings
@@ -72,7 +74,8 @@ def test_which_requests_take_it(
 ) -> None:
     """Whatever a usual request has not, a foreign key included, makes it take the long way."""
     fields = {b"x-api-key": b"secret"} | headers
-    found = express(app.state.service, target, list(fields.items()), [], lambda _: None)
+    clock = Clock(Mock())
+    found = express(app.state.service, target, list(fields.items()), [], lambda _: None, clock)
     assert (found is not None) is taken
 
 

@@ -62,9 +62,9 @@ def attack(url: str) -> list[tuple[float, bytes]]:
 
 
 def others_p99_s(server: Server) -> float:
-    """Return the best p99 of three rounds of forty requests a second."""
+    """Return the median p99 of three rounds of forty requests a second."""
     rounds = [open_loop(server.url, [post(make_image())], 40, 2.5) for _ in range(3)]
-    return min(percentile(answers, 0.99) for answers in rounds)
+    return statistics.median(percentile(answers, 0.99) for answers in rounds)
 
 
 @pytest.mark.slow
@@ -92,8 +92,8 @@ def test_500_trickling_clients(fake: Start, figure: Figure) -> None:
             f"{server.descriptors() - descriptors} descriptors left open"
         )
         assert {answer[9:12] for _, answer in cut} == {b"408"}
-        assert all(9 < seconds < 13 for seconds, _ in headers)
-        assert all(29 < seconds < 33 for seconds, _ in bodies)
+        assert all(9.9 < seconds < 11 for seconds, _ in headers)
+        assert all(29.9 < seconds < 31 for seconds, _ in bodies)
         assert server.descriptors() <= descriptors
         assert during_s <= 1.5 * calm_s
 
@@ -144,6 +144,40 @@ def test_idle_after_an_early_answer(fake: Start, monkeypatch: pytest.MonkeyPatch
         start = time.monotonic()
         assert refused.recv(1) == b""
         assert 0.5 < time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("rest", "more"),
+    [
+        (b"POST /cl", b""),
+        (b"POST /cl", b"x"),
+        (b"\r\n", b"\r\n"),
+        (BODY_HEAD, b""),
+        (BODY_HEAD, b"x"),
+    ],
+)
+def test_what_comes_along_with_a_whole_request(fake: Start, rest: bytes, more: bytes) -> None:
+    """What follows a refused request in the same packet has its deadline, trickling or not."""
+    with (
+        fake(max_requests=1, header_timeout_s=1, body_timeout_s=1) as server,
+        dial(server.url) as first,
+        dial(server.url) as refused,
+    ):
+        first.sendall(BODY_HEAD)
+        while json.loads(one(server.url, get("/observed")).body)["requests"] < 1:
+            time.sleep(0.02)
+        refused.sendall(post(b"too early") + rest)
+        start = time.monotonic()
+        refused.settimeout(0.1)
+        heard = b"more"
+        while heard and time.monotonic() < start + 10:
+            try:
+                heard = refused.recv(65536)
+            except TimeoutError:
+                refused.sendall(more)
+            except ConnectionError:
+                heard = b""
+        assert 0.9 < time.monotonic() - start < 5
 
 
 def test_client_that_does_not_read(fake: Start, figure: Figure) -> None:
