@@ -62,8 +62,8 @@ class Server:
         return found
 
     def descriptors(self) -> int:
-        """Return how many files and sockets the process has open."""
-        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+        """Return how many files and sockets the service's processes have open."""
+        return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in self.pids())
 
     def threads(self) -> int:
         """Return how many threads the process has."""

@@ -6,13 +6,14 @@ import signal
 import socket
 import statistics
 import time
+from collections import Counter
 
 import pytest
 import uvloop
 
 from tests.fakes import make_image
 from tests.faults.conftest import Figure, Start
-from tests.faults.load import BROKEN, REFUSED, Load, dial, get, one, post, read_answer
+from tests.faults.load import REFUSED, Load, dial, get, one, post, read_answer
 from tests.processes import Server
 
 pytestmark = pytest.mark.timed
@@ -76,7 +77,7 @@ def test_sigterm_under_load_20_times(fake: Start, figure: Figure) -> None:
 
 @pytest.mark.slow
 def test_clients_that_never_look(real: Start, photos: list[bytes], figure: Figure) -> None:
-    """Clients that send to the very end are answered, or find nobody; none is cut off."""
+    """Clients that send to the very end are answered, or find nobody; nothing else happens."""
 
     async def run(server: Server) -> list[int]:
         load = Load(server.url)
@@ -89,14 +90,13 @@ def test_clients_that_never_look(real: Start, photos: list[bytes], figure: Figur
         await load.settle(10)
         return [a.status for a in load.answers]
 
-    broken = 0
+    statuses: list[int] = []
     for _ in range(5):
         with real(drain_delay_s=0.5) as server:
-            statuses = uvloop.run(run(server))
-            broken += sum(status not in (200, REFUSED) for status in statuses)
-            assert statuses.count(200) > 30
-            assert BROKEN not in statuses
-    figure(f"{broken} requests cut off or failed in 5 stops")
+            statuses += uvloop.run(run(server))
+    figure(f"in 5 stops {dict(Counter(statuses))}, {REFUSED} being nobody there")
+    assert statuses.count(200) > 5 * 30
+    assert set(statuses) <= {200, REFUSED}
 
 
 def test_stuck_upload(fake: Start, figure: Figure) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -90,10 +91,11 @@ def test_corpus_and_mutations(real: Start, hostile: list[bytes], figure: Figure)
         answers = uvloop.run(run(server.url, Mutations(hostile, MUTATIONS, SEED)))
         growth = server.resident_mib() - before
         statuses = Counter(answer.status for answer in answers)
+        stopped = sum(b"takes too long" in answer.body for answer in answers)
         slowest = slowest_s(server.url)
         figure(
             f"{len(answers)} files: {dict(sorted(statuses.items()))}; slowest {slowest:.2f} s of "
-            f"CPU; memory grew by {growth:.0f} MiB"
+            f"CPU, {stopped} stopped at the limit; memory grew by {growth:.0f} MiB"
         )
         assert set(statuses) <= {200, 400, 413, 415, 422}
         assert server.process.poll() is None
@@ -113,8 +115,8 @@ def test_bombs(fake: Start, figure: Figure) -> None:
                 answer = one(server.url, post(bomb))
                 took.append(answer.latency_s * 1000)
                 assert answer.status == 413, (name, answer.body)
-            figure(f"{name} {min(took):.1f} ms")
-            assert min(took) < 50
+            figure(f"{name} {statistics.median(took):.1f} ms")
+            assert statistics.median(took) < 50
         assert server.resident_mib() - before < 16
 
 

@@ -206,5 +206,8 @@ def test_chunk_extensions_are_bounded(fake: Start, waste: bytes) -> None:
             answer = read_answer(client)
         except ConnectionError:
             answer = b""
-        assert (b" 415 " in answer) == (len(waste) < 20)
+        if len(waste) < 20:
+            assert b" 415 " in answer
+        else:
+            assert answer == b""  # cut off
         assert one(server.url, get("/livez")).status == 200

@@ -129,6 +129,7 @@ def test_malformed_requests(fake: Start, figure: Figure) -> None:
                 assert b"Traceback" not in answer
         growth = server.resident_mib() - before
         figure(f"{dict(sorted(statuses.items()))}; memory grew by {growth:.1f} MiB")
+        assert growth < 32
         assert one(server.url, post(make_image())).status == 200
         give_up = time.monotonic() + 10
         while server.descriptors() > descriptors + 1 and time.monotonic() < give_up:
