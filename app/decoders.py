@@ -18,7 +18,7 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from app.decoder import ANSWER, BUG, MAX_CPU_S, PROBLEM, Refusal, Task, receive, send
+from app.decoder import ANSWER, BUG, MAX_CPU_S, PROBLEM, SIZE, Refusal, Task, receive, send
 from app.errors import CorruptImage, DecoderLost, Problem, TooManyPixels, UnsupportedFormat
 from app.images import FORMATS, Picture
 
@@ -78,19 +78,21 @@ class Decoder:
 
     def __init__(self, task: Task) -> None:
         self._task = task
+        preprocessing = task.preprocessing
+        patch_bytes = preprocessing.tokens * preprocessing.patch_bytes
+        self._usual_bytes = SIZE.size + ANSWER.size + patch_bytes
         self._connect()
 
     def decode(self, upload: bytes) -> Picture:
         """Send an upload, wait for its picture; raises what Decoders.decode does."""
-        if self._has_ended():  # while it had nothing to do: no upload is to blame
-            logger.error("decoder %d has ended; another one takes its place", self.pid)
-            self._replace()
-        start = time.monotonic()
         try:
             send(self._link, upload)
-            answer = receive(self._link)
-        except OSError:
-            answer = None
+        except OSError as error:  # it ended while it had nothing to do: no upload is to blame
+            logger.error("decoder %d has ended (%s); another one takes its place", self.pid, error)  # noqa: TRY400 - the place in our code says nothing
+            self._replace()
+            send(self._link, upload)
+        start = time.monotonic()
+        answer = self._receive()
         if answer is None:
             pid, took_s = self.pid, time.monotonic() - start
             self._replace()
@@ -99,8 +101,8 @@ class Decoder:
                 raise CorruptImage("The image takes too long to decode.")
             logger.error("decoder %d has ended over an image; another one takes its place", pid)
             raise DecoderLost("The process that decoded the image has ended.")
-        kind, file_format, width, height = ANSWER.unpack_from(answer)
-        body = memoryview(answer)[ANSWER.size :]
+        kind, file_format, width, height = ANSWER.unpack_from(answer, SIZE.size)
+        body = memoryview(answer)[SIZE.size + ANSWER.size :]
         if kind == PROBLEM:
             refusal = Refusal.model_validate_json(bytes(body))
             raise _PROBLEMS[refusal.name](refusal.detail)
@@ -114,13 +116,24 @@ class Decoder:
         """Close the socket, which ends the process."""
         self._link.close()
 
-    def _has_ended(self) -> bool:
+    def _receive(self) -> bytes | None:
+        """Return the answer, its size before it, or None if the decoder has ended.
+
+        As a rule with one call: after each the thread has to wait for the GIL.
+        """
+        answer = b""
+        missing = self._usual_bytes
         try:
-            return self._link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        except BlockingIOError:
-            return False  # it waits for an upload
+            while missing > 0:
+                piece = self._link.recv(missing)
+                if not piece:
+                    return None
+                answer += piece
+                if len(answer) >= SIZE.size:
+                    missing = SIZE.size + SIZE.unpack_from(answer)[0] - len(answer)
         except OSError:
-            return True
+            return None
+        return answer
 
     def _replace(self) -> None:
         self.close()
