@@ -46,6 +46,19 @@ def test_same_picture(decoders: Decoders, file_format: str) -> None:
     np.testing.assert_array_equal(there.patches, here.patches)
 
 
+def test_answers_of_any_length() -> None:
+    """An answer that comes in pieces is put together, and a short one is not waited on."""
+    task = Task(preprocessing=Preprocessing(image_size=1024, patch_size=16), max_pixels=10_000)
+    upload = make_image((60, 40, 20), "PNG", side=50)
+    large = Decoders(1, task)
+    for _ in range(3):
+        with pytest.raises(UnsupportedFormat):
+            large.decode(b"not an image")
+        here = decode(upload, task.preprocessing, task.max_pixels)
+        np.testing.assert_array_equal(large.decode(upload).patches, here.patches)
+    large.close()
+
+
 @pytest.mark.parametrize(
     ("upload", "kind"),
     [
