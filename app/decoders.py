@@ -85,16 +85,17 @@ class Decoder:
 
     def decode(self, upload: bytes) -> Picture:
         """Send an upload, wait for its picture; raises what Decoders.decode does."""
-        try:
-            send(self._link, upload)
-        except OSError as error:  # it ended while it had nothing to do: no upload is to blame
-            logger.error("decoder %d has ended (%s); another one takes its place", self.pid, error)  # noqa: TRY400 - the place in our code says nothing
-            self._replace()
-            send(self._link, upload)
-        start = time.monotonic()
-        answer = self._receive()
+        for _ in range(2):
+            try:
+                answer, took_s = self._ask(upload)
+                break
+            except OSError as error:  # it had not even read the upload, which is not to blame
+                logger.error("decoder %d has ended (%s); another comes", self.pid, error)  # noqa: TRY400 - the place in our code says nothing
+                self._replace()
+        else:
+            raise DecoderLost("No process could take the upload.")
         if answer is None:
-            pid, took_s = self.pid, time.monotonic() - start
+            pid = self.pid
             self._replace()
             if took_s >= MAX_CPU_S:  # its own limit; a crash seldom comes so late
                 logger.warning("decoder %d was stopped after %.1f s over one image", pid, took_s)
@@ -116,24 +117,30 @@ class Decoder:
         """Close the socket, which ends the process."""
         self._link.close()
 
-    def _receive(self) -> bytes | None:
-        """Return the answer, its size before it, or None if the decoder has ended.
+    def _ask(self, upload: bytes) -> tuple[bytes | None, float]:
+        """Return the answer, its size before it, or None if the decoder ended; and the seconds.
 
-        As a rule with one call: after each the thread has to wait for the GIL.
+        As a rule with two calls: after each the thread has to wait for the GIL.
+
+        Raises:
+            OSError: the decoder ended before it had read all of the upload.
         """
+        start = time.monotonic()
         answer = b""
         missing = self._usual_bytes
         try:
+            send(self._link, upload)
             while missing > 0:
-                piece = self._link.recv(missing)
+                piece = self._link.recv(missing)  # a reset, if what was sent is still unread
                 if not piece:
-                    return None
+                    return None, time.monotonic() - start
                 answer += piece
                 if len(answer) >= SIZE.size:
                     missing = SIZE.size + SIZE.unpack_from(answer)[0] - len(answer)
-        except OSError:
-            return None
-        return answer
+        except MemoryError:
+            self.close()  # what is still to come would be taken for the next upload's answer
+            raise
+        return answer, time.monotonic() - start
 
     def _replace(self) -> None:
         self.close()

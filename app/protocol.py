@@ -318,8 +318,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._clock.start(seconds, self._on_deadline)
 
     def _rest(self) -> None:
-        """Start the clock on an idle connection, unless the next request has begun to come."""
-        if not self._clock.is_running and not self.transport.is_closing():
+        """Start the clock on an idle connection: nothing comes, nor has the next request begun."""
+        if not (self._begun or self._clock.is_running or self.transport.is_closing()):
             self._is_idle = True
             self._clock.start(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 

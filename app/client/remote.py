@@ -10,6 +10,7 @@ from app.client.results import Prediction
 # After a connection that failed; doubled each time.
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
+MAX_PORT = 65_535
 BUSY = frozenset({408, 429, 503})
 
 
@@ -40,6 +41,8 @@ class RemoteClassifier:
             )
         except httpx2.InvalidURL as error:
             raise ServerError(f"{url}: no address of a server ({error})") from None
+        if (self._client.base_url.port or 0) > MAX_PORT:
+            raise ServerError(f"{url}: no address of a server (ports end at {MAX_PORT})")
 
     async def __aenter__(self) -> "RemoteClassifier":
         """Ask the server which model it serves.

@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -97,6 +98,40 @@ def test_decoder_killed_while_it_waits(caplog: pytest.LogCaptureFixture) -> None
     time.sleep(0.05)
     assert one.decode(make_image()).format == "PNG"
     assert f"decoder {killed} has ended" in caplog.text
+    one.close()
+
+
+def test_decoder_killed_before_it_has_read(caplog: pytest.LogCaptureFixture) -> None:
+    """A decoder that is killed with its upload unread costs none either."""
+    one = Decoder(TASK)
+    killed = one.pid
+    os.kill(killed, signal.SIGSTOP)
+    threading.Timer(0.2, os.kill, [killed, signal.SIGKILL]).start()
+    assert one.decode(make_image()).format == "PNG"
+    assert f"decoder {killed} has ended" in caplog.text
+    one.close()
+
+
+def test_upload_that_no_decoder_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upload over which a second decoder ends fails, and the next one passes."""
+    one = Decoder(TASK)
+    with monkeypatch.context() as patch:
+        patch.setattr("app.decoders.send", Mock(side_effect=BrokenPipeError))
+        patch.setattr(one, "_replace", Mock())
+        with pytest.raises(DecoderLost):
+            one.decode(make_image())
+    assert one.decode(make_image()).format == "PNG"
+    one.close()
+
+
+def test_no_memory_for_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that was not read to its end is never taken for the next upload's."""
+    one = Decoder(TASK)
+    with monkeypatch.context() as patch:
+        patch.setattr(one, "_link", Mock(wraps=one._link, recv=Mock(side_effect=MemoryError)))
+        with pytest.raises(MemoryError):
+            one.decode(make_image((1, 2, 3)))
+    assert one.decode(make_image((60, 40, 20))).patches[0, 0] == 60
     one.close()
 
 

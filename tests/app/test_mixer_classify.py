@@ -242,6 +242,8 @@ def test_api_key(folder: Path, tmp_path: Path) -> None:
         (("no-such-model.onnx", "FOLDER"), "no such file"),
         ((MODEL, "nowhere"), "no image there"),
         ((MODEL, "nowhere/*.jpg"), "no image there"),
+        (("http://host:port", "FOLDER"), "no address of a server"),
+        (("http://127.0.0.1:99999", "FOLDER"), "no address of a server"),
     ],
 )
 def test_useless(folder: Path, arguments: tuple[str, ...], word: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.fakes import make_image
 from tests.live import log_lines
-from tests.processes import serving
+from tests.processes import run_serve, serving
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra otel is not installed")
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -98,3 +98,12 @@ def test_without_a_collector(tmp_path: Path) -> None:
     with serving(tmp_path / "log") as server:
         httpx2.get(f"{server.url}/livez", headers={"X-Request-ID": "plain"})
         assert "trace_id" not in log_lines(server, "plain")[0]
+
+
+def test_bad_variable(collector: list[Any]) -> None:
+    """A variable that OpenTelemetry does not take stops start-up with one line."""
+    done = run_serve(OTEL_BSP_MAX_QUEUE_SIZE="-1")
+    assert done.returncode == 1
+    assert "OTEL" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not collector

@@ -26,6 +26,10 @@ pytestmark = pytest.mark.timed
 
 CLIENTS = 500
 HEAD = b"POST /classify HTTP/1.1\r\nHost: test\r\nContent-Type: image/jpeg\r\n"
+FORM_HEAD = (
+    b"POST /classify HTTP/1.1\r\nHost: test\r\nContent-Length: 100000\r\n"
+    b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"
+)
 BODY_HEAD = HEAD + b"Content-Length: 100000\r\n\r\n"
 
 
@@ -178,6 +182,27 @@ def test_what_comes_along_with_a_whole_request(fake: Start, rest: bytes, more: b
             except ConnectionError:
                 heard = b""
         assert 0.9 < time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("pieces", "status"),
+    [
+        ([FORM_HEAD + b"no form at all"], 400),
+        ([BODY_HEAD.replace(b"/classify", b"/classify?top_k=999")], 422),
+        ([BODY_HEAD.replace(b"/classify", b"/classify?top_k=999")[:-2], b"\r\n"], 422),
+    ],
+)
+def test_silence_after_an_early_answer(fake: Start, pieces: list[bytes], status: int) -> None:
+    """A client that has its answer and leaves its body unsent is cut off after the body's time."""
+    with fake(body_timeout_s=1) as server, dial(server.url) as client:
+        for piece in pieces:
+            client.sendall(piece)
+            time.sleep(0.1)
+        start = time.monotonic()
+        assert b" %d " % status in read_answer(client)
+        client.settimeout(10)
+        assert client.recv(1) == b""
+        assert 0.5 < time.monotonic() - start < 5
 
 
 def test_client_that_does_not_read(fake: Start, figure: Figure) -> None:
