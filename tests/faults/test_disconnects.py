@@ -11,8 +11,6 @@ from tests.fakes import make_image
 from tests.faults.conftest import Figure, Start
 from tests.faults.load import dial, get, one, post, read_answer
 
-pytestmark = pytest.mark.timed
-
 CLIENTS = 200
 
 

@@ -16,8 +16,6 @@ from tests.faults.conftest import Figure, Start
 from tests.faults.load import REFUSED, Load, dial, get, one, post, read_answer
 from tests.processes import Server
 
-pytestmark = pytest.mark.timed
-
 TIMES = 20
 DRAIN_S = 0.6
 PROBE_S = 0.1  # a balancer's, between two looks at /readyz

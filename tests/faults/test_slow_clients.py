@@ -22,8 +22,6 @@ from tests.faults.load import (
 )
 from tests.processes import Server
 
-pytestmark = pytest.mark.timed
-
 CLIENTS = 500
 HEAD = b"POST /classify HTTP/1.1\r\nHost: test\r\nContent-Type: image/jpeg\r\n"
 FORM_HEAD = (
@@ -72,6 +70,7 @@ def others_p99_s(server: Server) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_500_trickling_clients(fake: Start, figure: Figure) -> None:
     """Headers are cut off at 10 s, bodies at 30 s, and meanwhile others wait hardly longer."""
     with fake(batch_ms=5) as server, another_process() as elsewhere:
