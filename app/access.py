@@ -118,7 +118,7 @@ def report(metrics: Metrics, trace: Trace, method: str, route: str, status: int)
     seconds = time.perf_counter() - trace.started
     metrics.finish_request(trace, route, status, seconds)
     level = logging.ERROR if status == 500 else logging.INFO  # the others are no fault of ours
-    # Names and numbers of ours, in which JSON has nothing to escape; no client chooses any of them.
+    # Names and numbers of ours, and hex digits of traces: JSON has nothing to escape in them.
     members = (
         f'"method":"{method}","route":"{route}","status":{status},'
         f'"outcome":"{trace.problem or "ok"}","received_bytes":{trace.received_bytes},'

@@ -119,7 +119,7 @@ def test_end() -> None:
     clock.start(1, partial(note, found, 0, loop))
     assert clock.is_running
     clock.end()
+    assert loop.waiting() == 0
+    assert not clock.is_running
     loop.advance(10)
     assert not found
-    assert not clock.is_running
-    assert loop.waiting() == 0

@@ -99,4 +99,5 @@ def test_nan_is_a_problem(fake: Start, figure: Figure) -> None:
         problem = json.loads(answer.body, parse_constant=lambda name: pytest.fail(name))
         figure(f"{answer.status} {problem['title']}")
         assert answer.status == problem["status"] == 500
+        assert problem["title"] == "Inference failed"
         assert answer.header("content-type") == "application/problem+json"
