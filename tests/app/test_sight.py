@@ -74,8 +74,10 @@ class TestMetrics:
         client = serve(FakeEngine(seconds=0.05))
         client.post("/classify", content=make_image())
         found = scrape(client)
-        assert found["predicted_seconds_sum"] == pytest.approx(0.05, rel=0.5)
-        assert found["actual_seconds_sum"] == pytest.approx(0.05, rel=0.5)
+        predicted, actual = found["predicted_seconds_sum"], found["actual_seconds_sum"]
+        assert predicted >= 0.05  # and more by what the machine took to wake the engine's thread
+        assert 0.05 <= actual <= found["request_seconds_sum[route=/classify]"]
+        assert found["actual_to_predicted_ratio_sum"] == pytest.approx(actual / predicted)
         assert found["actual_to_predicted_ratio_count"] == 1
 
     def test_refusals_by_reason(self, serve: Serve, tmp_path: Path) -> None:
@@ -230,8 +232,9 @@ class TestLog:
         """`--log-format text` writes the same line for people."""
         with serving(tmp_path / "log", "--log-format", "text") as server:
             httpx2.get(f"{server.url}/livez", headers={"X-Request-ID": "text-1"})
-            time.sleep(0.2)
-            text = server.log.read_text()
+            give_up = time.monotonic() + 10
+            while "text-1" not in (text := server.log.read_text()) and time.monotonic() < give_up:
+                time.sleep(0.02)
         assert re.search(
             r"^\d\d:\d\d:\d\d INFO +request .*route=/livez status=200 .*id=text-1$",
             text,
