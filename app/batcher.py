@@ -1,29 +1,32 @@
 """Dynamic batching: dispatch at once when the engine is idle, gather only while it is busy.
 
-One thread owns the queue and the engine. Decoders' threads put pictures in; the event loop gets the
-logits back, once per batch. So an image crosses threads twice (loop to decoder, engine to loop)
-and the engine never waits for the event loop. A fixed gathering window would cost every quiet
-request its whole length, and a busy engine fills its batches by itself.
+As many threads as the engine can use take shares of the batch at hand; the first that finds none
+left forms the next batch, while the others may still be busy with the last one. Decoders' threads
+put pictures in; the event loop gets the logits back, once per batch. So an image crosses threads
+twice (loop to decoder, engine to loop), and no core waits for the event loop or for another core. A
+fixed gathering window would cost every quiet request its whole length, and a busy engine fills its
+batches by itself.
 """
 
 import asyncio
+import itertools
 import logging
 import queue
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from app.cpus import give_way
 from app.engine import Engine
-from app.errors import DeadlineExceeded, InferenceFailed, Problem
-from app.images import Picture
+from app.entry import Entry
+from app.errors import InferenceFailed
 from app.latency import LatencyTable
 from app.metrics import Metrics
-from app.trace import Stages
+from app.shares import Share
 
 logger = logging.getLogger(__name__)
 
@@ -36,54 +39,45 @@ PROBE_PERIOD_S = 1.0
 SPARE_BATCH_S = 0.02
 
 
-@dataclass(slots=True, eq=False)
-class Entry:
-    """One image on its way through the queue.
+class Batch:
+    """Entries that go through the engine together, in shares that threads infer side by side."""
 
-    An error is a result, too: one that nobody came to read would else be reported as a fault.
-    """
+    def __init__(self, entries: Sequence[Entry], shares: Sequence[Share]) -> None:
+        self.entries = entries
+        self.shares = shares
+        self._error: Exception | None = None  # of any share
+        self.forming_s = 0.0
+        self.inferring = 0.0  # seconds of time.perf_counter()
+        ends = list(itertools.accumulate(share.images for share in shares))
+        self._slices = [slice(*ends) for ends in itertools.pairwise([0, *ends])]
+        self._logits: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(shares)
+        self._done = itertools.count(1)
 
-    # Released with the request: what waits for a thread must not outlive its count. Not for logs.
-    upload: bytes = field(repr=False)
-    future: asyncio.Future[NDArray[np.float32] | Exception]  # logits [classes]
-    picture: Picture = field(init=False)  # set when it is decoded
-    request_id: str = ""
-    is_spare: bool = False  # runs only while nothing else waits
-    # Seconds of time.perf_counter(), each set where it happens.
-    received: float = field(default_factory=time.perf_counter)
-    decoding: float = 0.0
-    decoded: float = 0.0
-    inferring: float = 0.0
-    inferred: float = 0.0
+    def infer(self, number: int, engine: Engine) -> bool:
+        """Infer one share; return whether it was the last one to be done."""
+        try:
+            self._logits[number] = self._infer(number, engine)
+        except Exception as error:
+            self._error = error
+        return next(self._done) == len(self.shares)
 
-    def is_alive(self) -> bool:
-        """Return whether anybody still waits: the client is there and its time not run out."""
-        return not self.future.cancelled()
+    def logits(self) -> NDArray[np.float32]:
+        """Return logits float32 [batch, classes], once all shares are done.
 
-    def outcome(self) -> str:
-        """Return what became of it, once it is settled: `ok`, or the kind of its problem."""
-        if self.future.cancelled():
-            return DeadlineExceeded("").kind
-        result = self.future.result()
-        if isinstance(result, Exception):
-            return result.kind if isinstance(result, Problem) else "bug"
-        return "ok"
+        Raises:
+            Exception: whatever the engine raised.
+        """
+        if self._error is not None:
+            raise self._error
+        return np.concatenate(self._logits)
 
-    def stages(self) -> Stages | None:
-        """Return the times of an entry that has been through the engine."""
-        if not self.inferred:
-            return None
-        return Stages(self.received, self.decoding, self.decoded, self.inferring, self.inferred)
-
-    def fail(self, error: Exception) -> None:
-        """Answer with `error`; on the event loop only."""
-        if not self.future.done():
-            self.future.set_result(error)
-
-    def release(self) -> None:
-        """Stop waiting: whoever still has the entry in hand drops it."""
-        self.upload = b""
-        self.future.cancel()
+    def _infer(self, number: int, engine: Engine) -> NDArray[np.float32]:
+        forming = time.perf_counter()
+        patches = np.stack([entry.picture.patches for entry in self.entries[self._slices[number]]])
+        if number == 0:
+            self.inferring = time.perf_counter()
+            self.forming_s = self.inferring - forming
+        return _infer(engine, patches, self.shares[number])
 
 
 class Batcher:
@@ -99,44 +93,73 @@ class Batcher:
         self._metrics = metrics
         self._spare: deque[Entry] = deque()
         self._queue: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+        self._turn = threading.Lock()  # of the thread that takes a share, or forms a batch
+        self._left: Iterator[tuple[Batch, int]] = iter(())  # shares that nobody has taken
+        self._books = threading.Lock()  # of what is counted
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._serve, name="mixer-engine", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._serve, name="mixer-engine", daemon=True)
+            for _ in range(engine.threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def put(self, entry: Entry) -> None:
         """Queue an entry whose picture is decoded for the next batch that has room."""
         self._queue.put(entry)
 
     def close(self) -> None:
-        """Finish what is queued, then end the engine thread."""
+        """Finish what is queued, then end the engine's threads."""
         self._queue.put(None)
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def _serve(self) -> None:
         give_way()
-        while (batch := self._gather()) is not None:
-            if not batch:
-                continue
-            logits = None
+        while (taken := self._take()) is not None:
+            batch, number = taken
+            if batch.infer(number, self._engine):
+                self._finish(batch)
+
+    def _take(self) -> tuple[Batch, int] | None:
+        """Take a share of the batch at hand, or form the next batch; None when closed.
+
+        One thread waits for images, and the others for that one.
+        """
+        with self._turn:
+            while (taken := next(self._left, None)) is None:
+                entries = self._gather()
+                if entries is None:
+                    self._queue.put(None)  # for the next thread
+                    return None
+                if entries:
+                    batch = Batch(entries, self._engine.cut(len(entries)))
+                    self._left = zip(itertools.repeat(batch), range(len(batch.shares)))
+            return taken
+
+    def _finish(self, batch: Batch) -> None:
+        """Count a batch whose shares are all done, and hand its logits to the event loop."""
+        took_s = time.perf_counter() - batch.inferring
+        logits = None
+        with self._books:
             try:
-                logits = self._run(batch)
+                logits = self._count(batch.logits(), took_s)
+                self._metrics.finish_batch(len(logits), batch.forming_s, took_s)
+                for entry in batch.entries:
+                    entry.inferring, entry.inferred = batch.inferring, batch.inferring + took_s
             except Exception:
                 # Whatever it was, only this batch fails: the next may well pass.
-                ids = ", ".join(entry.request_id for entry in batch)
-                logger.exception("a batch of %d failed, of the requests %s", len(batch), ids)
+                logits = None
+                ids = ", ".join(entry.request_id for entry in batch.entries)
+                size = len(batch.entries)
+                logger.exception("a batch of %d failed, of the requests %s", size, ids)
                 self.failures += 1
-            self._loop.call_soon_threadsafe(_settle, batch, logits)
+        self._loop.call_soon_threadsafe(_settle, batch.entries, logits)
 
-    def _run(self, batch: list[Entry]) -> NDArray[np.float32]:
-        """Return logits [batch, classes], whatever the engine raises passed on."""
-        forming = time.perf_counter()
-        patches = np.stack([entry.picture.patches for entry in batch])
-        inferring = time.perf_counter()
-        logits = self._infer(patches)
-        inferred = time.perf_counter()
-        self._metrics.finish_batch(len(batch), inferring - forming, inferred - inferring)
-        for entry in batch:
-            entry.inferring, entry.inferred = inferring, inferred
+    def _count(self, logits: NDArray[np.float32], seconds: float) -> NDArray[np.float32]:
+        """Take in the time of an inference, and how often in a row they were useless."""
+        self._latency.observe_batch(len(logits), seconds)
+        self.failures = 0 if np.isfinite(logits).any() else self.failures + 1
         return logits
 
     def _gather(self) -> list[Entry] | None:
@@ -169,27 +192,31 @@ class Batcher:
             try:
                 return self._queue.get(timeout=PROBE_PERIOD_S)
             except queue.Empty:
-                preprocessing = self._engine.card.preprocessing
-                shape = (1, preprocessing.tokens, preprocessing.patch_bytes)
-                try:
-                    self._infer(np.zeros(shape, np.uint8))
-                except Exception:
-                    logger.exception("the engine failed on a probe")
-                    self.failures += 1
+                self._probe()
         return self._queue.get()
 
-    def _infer(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return logits [batch, classes], and count how often in a row they were useless."""
+    def _probe(self) -> None:
+        """Infer nothing in particular, to see whether the engine works again."""
+        preprocessing = self._engine.card.preprocessing
+        patches = np.zeros((1, preprocessing.tokens, preprocessing.patch_bytes), np.uint8)
         start = time.perf_counter()
-        logits = self._engine.run(patches)
-        if len(logits) != len(patches):
-            raise RuntimeError(f"the engine gave {len(logits)} logits for {len(patches)} images")
-        self._latency.observe_batch(len(patches), time.perf_counter() - start)
-        self.failures = 0 if np.isfinite(logits).any() else self.failures + 1
-        return logits
+        try:
+            logits = _infer(self._engine, patches, Share(1))
+            self._count(logits, time.perf_counter() - start)
+        except Exception:
+            logger.exception("the engine failed on a probe")
+            self.failures += 1
 
 
-def _settle(batch: list[Entry], logits: NDArray[np.float32] | None) -> None:
+def _infer(engine: Engine, patches: NDArray[np.uint8], share: Share) -> NDArray[np.float32]:
+    """Return logits float32 [share, classes], as many as there are images."""
+    logits = engine.infer(patches, share)
+    if len(logits) != len(patches):
+        raise RuntimeError(f"the engine gave {len(logits)} logits for {len(patches)} images")
+    return logits
+
+
+def _settle(batch: Sequence[Entry], logits: NDArray[np.float32] | None) -> None:
     """Give each entry its own row of the logits, on the event loop."""
     if logits is None:
         for entry in batch:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from app.shares import Share
+
 if TYPE_CHECKING:
     import onnxruntime
 
@@ -31,6 +33,8 @@ class Buckets:
     buffers hold one batch at a time. So any thread may call, and none captures a graph anew.
     """
 
+    threads = 1
+
     def __init__(
         self, session: "onnxruntime.InferenceSession", max_batch: int, device: str, pin: Pin
     ) -> None:
@@ -44,6 +48,15 @@ class Buckets:
             for graph_id, size in enumerate(self._sizes, start=1)
         ]
         self._thread = ThreadPoolExecutor(1, "mixer-device")
+
+    def cut(self, images: int) -> list[Share]:
+        """Return one share: a device takes a batch whole."""
+        return [Share(images)]
+
+    def infer(self, patches: NDArray[np.uint8], share: Share) -> NDArray[np.float32]:
+        """Return what `run` does."""
+        del share  # all there is
+        return self.run(patches)
 
     def run(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return logits float32 [batch, classes] for patches uint8 [batch, tokens, P·P·3].

@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.admission import Admission
-from app.batcher import FAILURES_UNTIL_NOT_LIVE, FAILURES_UNTIL_NOT_READY, Batcher, Entry
+from app.batcher import FAILURES_UNTIL_NOT_LIVE, FAILURES_UNTIL_NOT_READY, Batcher
 from app.cpus import give_way
 from app.decoder import Task
 from app.decoders import Decoders
 from app.engine import Engine
+from app.entry import Entry
 from app.errors import DeadlineExceeded, Problem
 from app.images import Picture
 from app.latency import LatencyTable

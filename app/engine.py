@@ -14,7 +14,7 @@ from app.buckets import Buckets
 from app.cuda import GpuMissing, GpuOptions, leave_pageable, open_session, pin
 from app.errors import StartupError
 from app.model_card import CardError, ModelCard, read_metadata
-from app.shares import Shares
+from app.shares import Share, Shares
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -34,6 +34,15 @@ class Engine(Protocol):
 
     card: ModelCard
     provider: str
+    threads: int  # which may infer shares side by side
+
+    def cut(self, images: int) -> list[Share]:
+        """Return the shares in which a batch is inferred best, for `threads` to take in order."""
+        ...
+
+    def infer(self, patches: NDArray[np.uint8], share: Share) -> NDArray[np.float32]:
+        """Return logits float32 [share, classes] for patches uint8 [share, tokens, P·P·3]."""
+        ...
 
     def run(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return logits float32 [batch, classes] for patches uint8 [batch, tokens, P·P·3]."""
@@ -83,9 +92,18 @@ class OnnxEngine:
             if self.card.parameters * tokens < _SMALL:
                 self._session = narrow
             self._batches = Shares(narrow, self._session, threads, tokens)
+        self.threads = self._batches.threads
         self._check_golden(path, max_batch)
         if remark:  # not before: what stops start-up is one line
             logger.warning(remark)
+
+    def cut(self, images: int) -> list[Share]:
+        """Return the shares of a batch: pieces for each core, or all of it for a GPU."""
+        return self._batches.cut(images)
+
+    def infer(self, patches: NDArray[np.uint8], share: Share) -> NDArray[np.float32]:
+        """Return logits float32 [share, classes] for patches uint8 [share, tokens, P·P·3]."""
+        return self._batches.infer(patches, share)
 
     def run(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return logits float32 [batch, classes] for patches uint8 [batch, tokens, P·P·3]."""

@@ -18,8 +18,8 @@ from starlette.datastructures import Headers
 
 from app.access import CLIENT_GONE, FAULT, answer, report
 from app.admission import BodyBudget
-from app.batcher import Entry
 from app.clock import Clock
+from app.entry import Entry
 from app.errors import PROBLEM_JSON, BodyTooLarge, DeadlineExceeded, NotReady, Problem
 from app.forms import Form, RawBody
 from app.refusal import ANSWERED, Answered, refuse

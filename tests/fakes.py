@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from app.model_card import ModelCard, Preprocessing
+from app.shares import Share
 
 Color = tuple[int, int, int]
 
@@ -36,9 +37,20 @@ class FakeEngine:
 
     card: ModelCard = field(default_factory=make_card)
     provider: str = "FakeExecutionProvider"
+    threads: int = 1
     seconds: float = 0.0
     batches: list[int] = field(default_factory=list)
     fault: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
+
+    def cut(self, images: int) -> list[Share]:
+        """Return shares of an equal size, one for each thread."""
+        count = min(self.threads, images)
+        return [Share((images + count - 1 - number) // count) for number in range(count)]
+
+    def infer(self, patches: NDArray[np.uint8], share: Share) -> NDArray[np.float32]:
+        """Return what `run` does."""
+        del share  # all there is
+        return self.run(patches)
 
     def run(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the mean color over 10 as logits float32 [batch, 3]."""

@@ -19,6 +19,7 @@ from app import decoders, images, main, serve
 from app.decoder import MAX_CPU_S
 from app.engine import Engine, OnnxEngine
 from app.settings import Settings
+from app.shares import Share
 from tests.fakes import FakeEngine
 from tests.processes import cpu_s
 
@@ -34,17 +35,22 @@ class ObservedEngine:
             else FakeEngine(seconds=float(batch_ms) / 1000)
         )
         self.card, self.provider = self.engine.card, self.engine.provider
+        self.threads, self.cut = self.engine.threads, self.engine.cut
         self.images = 0
         self.fault = "none"
         self.slower_s = 0.0
 
     def run(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return logits float32 [batch, classes], or fail as ordered."""
+        """Return logits float32 [batch, classes], as the engine does."""
+        return self.engine.run(patches)
+
+    def infer(self, patches: NDArray[np.uint8], share: Share) -> NDArray[np.float32]:
+        """Return logits float32 [share, classes], or fail as ordered."""
         self.images += len(patches)
         time.sleep(self.slower_s)
         if self.fault == "raise":
             raise RuntimeError("ordered to fail")
-        logits = self.engine.run(patches)
+        logits = self.engine.infer(patches, share)
         return np.full_like(logits, np.nan) if self.fault == "nan" else logits
 
 

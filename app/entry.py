@@ -1,0 +1,62 @@
+"""One image on its way through the queue, from its admission to its logits."""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.errors import DeadlineExceeded, Problem
+from app.images import Picture
+from app.trace import Stages
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One image on its way through the queue.
+
+    An error is a result, too: one that nobody came to read would else be reported as a fault.
+    """
+
+    # Released with the request: what waits for a thread must not outlive its count. Not for logs.
+    upload: bytes = field(repr=False)
+    future: asyncio.Future[NDArray[np.float32] | Exception]  # logits [classes]
+    picture: Picture = field(init=False)  # set when it is decoded
+    request_id: str = ""
+    is_spare: bool = False  # runs only while nothing else waits
+    # Seconds of time.perf_counter(), each set where it happens.
+    received: float = field(default_factory=time.perf_counter)
+    decoding: float = 0.0
+    decoded: float = 0.0
+    inferring: float = 0.0
+    inferred: float = 0.0
+
+    def is_alive(self) -> bool:
+        """Return whether anybody still waits: the client is there and its time not run out."""
+        return not self.future.cancelled()
+
+    def outcome(self) -> str:
+        """Return what became of it, once it is settled: `ok`, or the kind of its problem."""
+        if self.future.cancelled():
+            return DeadlineExceeded("").kind
+        result = self.future.result()
+        if isinstance(result, Exception):
+            return result.kind if isinstance(result, Problem) else "bug"
+        return "ok"
+
+    def stages(self) -> Stages | None:
+        """Return the times of an entry that has been through the engine."""
+        if not self.inferred:
+            return None
+        return Stages(self.received, self.decoding, self.decoded, self.inferring, self.inferred)
+
+    def fail(self, error: Exception) -> None:
+        """Answer with `error`; on the event loop only."""
+        if not self.future.done():
+            self.future.set_result(error)
+
+    def release(self) -> None:
+        """Stop waiting: whoever still has the entry in hand drops it."""
+        self.upload = b""
+        self.future.cancel()
