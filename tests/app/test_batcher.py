@@ -1,0 +1,93 @@
+"""Batches: shares side by side, and the next batch before the last one is done."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from app.batcher import Batch
+from app.engine import OnnxEngine
+from app.entry import Entry
+from app.images import Picture
+from app.settings import EMBEDDED_MODEL
+from app.shares import Share
+from tests.conftest import Serve
+from tests.fakes import FakeEngine, make_image
+
+COLORS = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
+
+
+class HeldEngine(FakeEngine):
+    """Keeps the first share until all other images have been inferred."""
+
+    def __init__(self, images: int) -> None:
+        super().__init__(threads=2)
+        self.left = images
+        self.is_first = True
+        self.others_done = threading.Event()
+
+    def infer(self, patches: NDArray[np.uint8], share: Share) -> NDArray[np.float32]:
+        """Return the logits, those of the first share last of all."""
+        is_first, self.is_first = self.is_first, False
+        self.left -= len(patches)
+        if is_first and not self.others_done.wait(20):
+            raise TimeoutError("the others waited for this share")
+        if self.left == 0:
+            self.others_done.set()
+        return super().infer(patches, share)
+
+
+def test_no_batch_waits_for_the_last_share_of_another(serve: Serve) -> None:
+    """While one share is still inferred, the other thread works off batch after batch."""
+    images = [make_image(COLORS[number % 3]) for number in range(9)]
+    client = serve(HeldEngine(len(images)), max_batch=2)
+    answer = client.post("/classify/batch", files=[("files", image) for image in images])
+    best = [result["predictions"][0]["label"] for result in answer.json()["results"]]
+    assert best == ["red", "green", "blue"] * 3
+
+
+@pytest.fixture
+def entries() -> Iterator[list[Entry]]:
+    """Return seven entries, each of whose pictures is all of its own number."""
+    loop = asyncio.new_event_loop()
+    found = []
+    for number in range(7):
+        entry = Entry(b"", loop.create_future())
+        entry.picture = Picture("PNG", 8, 8, np.full((4, 48), number, np.uint8))
+        found.append(entry)
+    yield found
+    loop.close()
+
+
+def test_shares_in_any_order(entries: list[Entry]) -> None:
+    """Each image gets its own logits, whichever share is inferred first."""
+    batch = Batch(entries, [Share(3), Share(2), Share(2)])
+    assert [batch.infer(number, FakeEngine()) for number in (2, 0, 1)] == [False, False, True]
+    assert batch.logits()[:, 0].tolist() == pytest.approx([number / 10 for number in range(7)])
+
+
+def test_one_share_that_fails(entries: list[Entry]) -> None:
+    """A batch one of whose shares failed has no logits, and is done with its last share."""
+    batch = Batch(entries, [Share(4), Share(3)])
+    broken = FakeEngine(fault=lambda logits: logits[:0])
+    assert not batch.infer(0, broken)
+    assert batch.infer(1, FakeEngine())
+    with pytest.raises(RuntimeError, match="0 logits for 4 images"):
+        batch.logits()
+
+
+@pytest.mark.parametrize("is_small", [True, False])
+def test_shares_are_the_whole_batch(monkeypatch: pytest.MonkeyPatch, is_small: bool) -> None:
+    """Shares hold all images and none is empty; of a small model none is left to all threads."""
+    if not is_small:
+        monkeypatch.setattr("app.engine._SMALL", 0)
+    engine = OnnxEngine(EMBEDDED_MODEL, "cpu", 3)
+    for images in range(1, 33):
+        shares = engine.cut(images)
+        assert sum(share.images for share in shares) == images
+        assert min(share.images for share in shares) > 0
+        left = [share.images for share in shares if share.is_wide]
+        assert left == ([images % 3] if images % 3 and not is_small else [])
