@@ -133,9 +133,18 @@ class Batcher:
                     self._queue.put(None)  # for the next thread
                     return None
                 if entries:
-                    batch = Batch(entries, self._engine.cut(len(entries)))
-                    self._left = zip(itertools.repeat(batch), range(len(batch.shares)))
+                    self._deal(entries)
             return taken
+
+    def _deal(self, entries: Sequence[Entry]) -> None:
+        """Lay out the shares of a new batch."""
+        try:
+            batch = Batch(entries, self._engine.cut(len(entries)))
+        except Exception:  # else the thread would end, and nobody hear of these images again
+            logger.exception("a batch of %d could not be formed", len(entries))
+            self._loop.call_soon_threadsafe(_settle, entries, None)
+        else:
+            self._left = zip(itertools.repeat(batch), range(len(batch.shares)))
 
     def _finish(self, batch: Batch) -> None:
         """Count a batch whose shares are all done, and hand its logits to the event loop."""

@@ -291,6 +291,9 @@ class TestErrors:
         with monkeypatch.context() as patch:
             patch.setattr("app.batcher.np.isfinite", broken)
             problem(client.post("/classify", content=make_image()), 500)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "cut", broken)
+            problem(client.post("/classify", content=make_image()), 500)
         engine.fault = lambda logits: logits[:0]
         problem(client.post("/classify", content=make_image()), 500)
         engine.fault = None
