@@ -54,7 +54,9 @@ class Metrics:
             "Waiting of an image: for a decoder, then for the engine",
             _SECONDS,
         )
-        self._batch_s = self._histogram("batch_seconds", "Forming a batch, engine idle", _SECONDS)
+        self._batch_s = self._histogram(
+            "batch_seconds", "Forming the first share of a batch", _SECONDS
+        )
         self._infer_s = self._histogram("inference_seconds", "One batch in the engine", _SECONDS)
         self._batch_images = self._histogram("batch_images", "Images in a batch", _IMAGES)
         self._predicted_s = self._histogram(
