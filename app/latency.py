@@ -5,6 +5,7 @@ current, predicts the wait of every arrival.
 """
 
 import io
+import itertools
 import time
 from copy import copy
 
@@ -33,7 +34,7 @@ class LatencyTable:
     def __init__(self, max_batch: int, decode_threads: int) -> None:
         self._max_batch = max_batch
         self._decode_threads = decode_threads
-        self._measured: dict[int, float] = {}
+        self._measured = {0: 0.0}
         self._seconds = [0.0] * (max_batch + 1)  # by batch size, between measured ones interpolated
         self._decode_s = 0.0
         self._observed = 0.0  # time.monotonic() seconds
@@ -42,11 +43,18 @@ class LatencyTable:
     def observe_batch(self, images: int, seconds: float) -> None:
         """Take in the duration of one inference."""
         self._observed = time.monotonic()
-        self._measured[images] = _follow(self._measured.get(images, seconds), seconds)
+        known = self._measured.get(images, seconds)
+        table = self._seconds.copy()
+        self._measured[images] = table[images] = _follow(known, seconds)
+        # Only what lies between this size and its measured neighbours changes with it.
         sizes = sorted(self._measured)
-        self._seconds = np.interp(
-            range(self._max_batch + 1), [0, *sizes], [0.0, *(self._measured[s] for s in sizes)]
-        ).tolist()
+        at = sizes.index(images)
+        for low, high in itertools.pairwise(sizes[at - 1 : at + 2]):
+            step = (table[high] - table[low]) / (high - low)
+            table[low + 1 : high] = [table[low] + step * more for more in range(1, high - low)]
+        if images == sizes[-1]:
+            table[images:] = [table[images]] * (len(table) - images)
+        self._seconds = table
 
     def observe_decode(self, seconds: float) -> None:
         """Take in the duration of one decode."""

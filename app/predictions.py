@@ -1,7 +1,8 @@
 """From logits to the best labels."""
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import itemgetter
 from typing import Literal
 
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 from app.schemas import Prediction
 
 ScoreFunction = Literal["softmax", "sigmoid", "none"]
+
+# Up to here numpy's dozen calls take longer than plain numbers do.
+_FEW_CLASSES = 50
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -27,21 +31,32 @@ def best(
 ) -> list[Prediction]:
     """Return the `top_k` labels of the highest scores, best first; ties by the lower index."""
     # No function changes the order of the logits, so only what is answered needs a score.
-    lowest = np.partition(logits, -top_k)[-top_k]
-    [indices] = (logits >= lowest).nonzero()
-    if len(indices) > top_k:  # several share the last place
-        indices = np.argsort(-logits, kind="stable")[:top_k]
-    pairs = zip(logits[indices].tolist(), indices.tolist(), strict=True)
-    found = sorted(pairs, key=itemgetter(0), reverse=True)  # keeps the order of equals
+    pairs = _candidates(logits, top_k) if len(logits) > _FEW_CLASSES else _all_of(logits)
+    found = sorted(pairs, key=itemgetter(0), reverse=True)[:top_k]  # keeps the order of equals
     score = _softmax_of(logits, found[0][0]) if function == "softmax" else _SCORES[function]
     return [
         Prediction(label=labels[index], index=index, score=score(logit)) for logit, index in found
     ]
 
 
+def _all_of(logits: NDArray[np.float32]) -> Iterable[tuple[float, int]]:
+    """Return each logit with its index."""
+    return zip(logits.tolist(), itertools.count())
+
+
+def _candidates(logits: NDArray[np.float32], top_k: int) -> Iterable[tuple[float, int]]:
+    """Return the logits that may be among the `top_k` highest, with their indices."""
+    lowest = np.partition(logits, -top_k)[-top_k]
+    [indices] = (logits >= lowest).nonzero()  # more than `top_k` if several share the last place
+    return zip(logits[indices].tolist(), indices.tolist(), strict=True)
+
+
 def _softmax_of(logits: NDArray[np.float32], highest: float) -> Callable[[float], float]:
     """Return what makes a logit a probability, stable for any range."""
-    whole = float(np.exp(logits.astype(np.float64) - highest).sum())
+    if len(logits) > _FEW_CLASSES:
+        whole = float(np.exp(logits.astype(np.float64) - highest).sum())
+    else:
+        whole = sum([math.exp(logit - highest) for logit in logits.tolist()])
     return lambda logit: math.exp(logit - highest) / whole
 
 

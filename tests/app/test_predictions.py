@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from app.predictions import ScoreFunction, best, softmax
 
 # A few values only, so that many are equal, and some far too large for a plain exponential.
-logit_lists = st.lists(st.sampled_from([-1e4, -3.5, 0.0, 1.0, 1.25, 700.0, 1e4]), min_size=1)
+LOGITS = st.sampled_from([-1e4, -3.5, 0.0, 1.0, 1.25, 700.0, 1e4])
+# Few classes and many take different ways.
+logit_lists = st.lists(LOGITS, min_size=1) | st.lists(LOGITS, min_size=51, max_size=90)
 
 
 @given(logit_lists, st.data())

@@ -1,0 +1,30 @@
+"""The latency table: what was measured, and straight lines between."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.latency import FRESHNESS, LatencyTable
+
+MAX_BATCH = 20
+measurements = st.lists(
+    st.tuples(st.integers(1, MAX_BATCH), st.floats(0.001, 0.003)), min_size=1, max_size=30
+)
+
+
+@given(measurements)
+def test_between_what_was_measured(measured: list[tuple[int, float]]) -> None:
+    """A size never seen takes what its neighbours say; beyond the largest one it is as that one."""
+    table = LatencyTable(MAX_BATCH, decode_threads=1)
+    expected = {0: 0.0}
+    for images, seconds in measured:
+        table.observe_batch(images, seconds)
+        known = expected.get(images, seconds)
+        expected[images] = known + FRESHNESS * (seconds - known)
+    sizes = sorted(expected)
+
+    line = np.interp(range(MAX_BATCH + 1), sizes, [expected[size] for size in sizes])
+
+    found = [table.inference_s(images) for images in range(MAX_BATCH + 1)]
+    assert found == pytest.approx(line.tolist())
