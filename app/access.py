@@ -169,10 +169,11 @@ def answer(
         lines += f"traceparent: {trace.traceparent}\r\n"
     if closing:
         lines += "connection: close\r\n"
-    return b"".join((_constant_head(status, headers), lines.encode("ascii"), b"\r\n", body))
+    return b"".join((constant_head(status, headers), lines.encode("ascii"), b"\r\n", body))
 
 
 @lru_cache(maxsize=64)
-def _constant_head(status: int, headers: tuple[tuple[bytes, bytes], ...]) -> bytes:
+def constant_head(status: int, headers: tuple[tuple[bytes, bytes], ...]) -> bytes:
+    """Return an answer's status line, these headers and those of `SECURITY_HEADERS`."""
     names = {name for name, _ in headers}
     return head(status, [*headers, *(line for line in _SECURITY if line[0] not in names)])

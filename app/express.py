@@ -40,13 +40,14 @@ _NO_BODY = RawBody()  # stands where none is being collected
 # Each changes how a request is read or answered, by rules that the framework's way knows. In
 # chunks a body may come as a million pieces: that way makes the client wait for them.
 _UNUSUAL = frozenset({b"expect", b"origin", b"transfer-encoding", b"upgrade"})
+_TRACEPARENT = b"traceparent"
 _TIMEOUT = TIMEOUT_HEADER.encode("ascii")
 
 
 def express(
     service: Service,
     target: bytes,
-    headers: list[tuple[bytes, bytes]],
+    fields: dict[bytes, bytes],
     default_headers: list[tuple[bytes, bytes]],
     write: Callable[[bytes], None],
     clock: Clock,
@@ -55,21 +56,18 @@ def express(
 ) -> "Express | Answered | None":
     """Return what serves a `POST` to `target`, or None if there is anything unusual about it.
 
-    `default_headers` go with the answer, whose bytes are given to `write`; a request that the door
-    refuses has its answer at once. `clock` keeps the deadline; `keep_alive` says whether the
-    connection stays open afterwards.
+    `fields` are its headers, names in lower case; `default_headers` go with the answer, whose bytes
+    are given to `write`. A request that the door refuses has its answer at once. `clock` keeps the
+    deadline; `keep_alive` says whether the connection stays open afterwards.
     """
     found = _TARGET.fullmatch(target)
-    if found is None:
+    if found is None or not _UNUSUAL.isdisjoint(fields):
         return None
-    fields = dict(reversed(headers))  # the first of a name counts, as in Starlette
-    if not _UNUSUAL.isdisjoint(fields):
-        return None
-    if service.keys is not None and not service.keys.allow(Headers(raw=headers)):
+    if service.keys is not None and not service.keys.allow(Headers(raw=list(fields.items()))):
         return None
     if keep_alive and service.spans is None and not service.draining:
         refusal = service.admission.refusal()
-        if refusal is not None:
+        if refusal is not None and _TRACEPARENT not in fields:
             write(refuse(service, refusal, PATH, fields, default_headers))
             return ANSWERED
     if fields.get(b"content-type", b"").lower().startswith(_JSON):
@@ -109,7 +107,7 @@ class Express:
         self._write = write
         self._clock = clock
         self._on_response: Callable[[], None] = _nothing
-        self._trace = new_trace(self._field(b"x-request-id"), self._field(b"traceparent"))
+        self._trace = new_trace(self._field(b"x-request-id"), self._field(_TRACEPARENT))
         self._trace.is_traced = self._trace.is_traced or service.spans is not None
         self._budget = BodyBudget(self._service.admission)
         self._is_in = False  # counted by the door

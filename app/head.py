@@ -14,6 +14,7 @@ _HEAD = re.compile(
     rb"POST ([!-~]{1,2048}) HTTP/1\.1\r\n"
     rb"((?:[A-Za-z0-9_-]++:[\t -~]*+\r\n){1,64})\r\n"
 )
+_FIELD = re.compile(rb"([A-Za-z0-9_-]++):[\t ]*+([\t -~]*)\r\n")
 _LENGTH = re.compile(rb"[0-9]{1,10}")
 # A longer one is none of the usual kind.
 _MAX_BYTES = 16 * 1024
@@ -25,7 +26,7 @@ class Head(NamedTuple):
     """The head of a `POST` over a connection that stays open, its body of known length."""
 
     target: bytes
-    headers: list[tuple[bytes, bytes]]  # names in lower case, each once
+    fields: dict[bytes, bytes]  # names in lower case, each came once
     size: int  # bytes of the head itself
     body_size: int  # bytes of the body after it
 
@@ -35,17 +36,13 @@ def read_head(data: bytes) -> Head | None:
     found = _HEAD.match(data, 0, _MAX_BYTES)
     if found is None:
         return None
-    headers = []
-    for line in found[2].split(b"\r\n"):
-        name, _, value = line.partition(b":")
-        headers.append((name.lower(), value.strip(b" \t")))
-    del headers[-1]  # what follows the last line break
-    fields = dict(headers)
-    if len(fields) != len(headers) or not _FRAMING.isdisjoint(fields):
+    lines = _FIELD.findall(data, *found.span(2))
+    fields = {name.lower(): value.rstrip(b" \t") for name, value in lines}
+    if len(fields) != len(lines) or not _FRAMING.isdisjoint(fields):
         return None
     if fields.get(b"connection", b"keep-alive").lower() != b"keep-alive":
         return None
     length = fields.get(b"content-length", b"")
     if not _LENGTH.fullmatch(length):
         return None
-    return Head(found[1], headers, found.end(), int(length))
+    return Head(found[1], fields, found.end(), int(length))

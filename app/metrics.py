@@ -77,6 +77,12 @@ class Metrics:
         if status in _REFUSALS:
             self._refusals.add(1, trace.reason or trace.problem or "other")
 
+    def refuse(self, route: str, status: str, outcome: str, reason: str, seconds: float) -> None:
+        """Count one request as `finish_request` does that the door refused, its body unread."""
+        self._requests.add(1, route, status, outcome)
+        self._request_s.observe(seconds, route)
+        self._refusals.add(1, reason)
+
     def finish_image(self, stages: Stages | None, outcome: str) -> None:
         """Count one image, with its times if it reached the engine."""
         self._images.add(1, outcome)

@@ -20,6 +20,7 @@ from app.express import Express, express
 from app.farewell import Farewell, has_hung_up
 from app.head import read_head
 from app.refusal import Answered
+from app.service import Service
 from app.settings import Settings
 from app.trace import new_trace
 from app.wire import without_upgrade
@@ -63,6 +64,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._owed = 0  # bytes of this message's body that go past the parser
         self._express: Express | None = None  # the request that is served without ASGI
         self._farewell: Farewell
+        self._service: Service = self.served.state.service
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         """Start the clock: a client that connects has a request to send."""
@@ -90,7 +92,8 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._deaf:
             return
-        self._wake()
+        if self._is_idle:
+            self._wake()
         data = self._take_body(data) if self._owed else self._take_usual(data)
         if not data or self.transport.is_closing():
             return
@@ -110,7 +113,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Grant the new message its headers."""
         super().on_message_begin()
-        self._wake()  # what came before may have ended in the same read
+        if self._is_idle:  # what came before may have ended in the same read
+            self._wake()
         self._begun = self._in_headers = True
         self._body_bytes = 0
         self._allowance = max(self._allowance, MAX_HEADER_BYTES)
@@ -144,7 +148,10 @@ class BoundedProtocol(HttpToolsProtocol):
         if (
             self.parser.get_method() == b"POST"
             and self.parser.get_http_version() == "1.1"
-            and self._by_express(self.url, self.headers, self.parser.should_keep_alive())
+            # The first header of a name counts, as in Starlette.
+            and self._by_express(
+                self.url, dict(reversed(self.headers)), self.parser.should_keep_alive()
+            )
         ):
             return
         super().on_headers_complete()
@@ -185,14 +192,14 @@ class BoundedProtocol(HttpToolsProtocol):
                 break
             # Before anything is answered: an answer that closes looks whether a body still comes.
             self._begun, self._in_headers = head.body_size > len(data) - head.size, False
-            if not self._by_express(head.target, head.headers, keep_alive=True):
+            if not self._by_express(head.target, head.fields, keep_alive=True):
                 self._begun, self._in_headers = False, True
                 break
             self._clock.stop()
             self._unset_keepalive_if_required()
             self._begun, self._owed = True, head.body_size
             data = self._take_body(data, head.size)
-            if self.transport.is_closing():
+            if data and self.transport.is_closing():
                 return b""
         return data
 
@@ -213,11 +220,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._begun = False
         self._in_headers = self._is_whole = True
         self._allowance, self._body_bytes = MAX_HEADER_BYTES, 0
-        if isinstance(self.cycle, Express):
-            self.cycle.complete()
-        else:
+        cycle = self.cycle
+        if isinstance(cycle, Express):
+            cycle.complete()
+        elif not cycle.response_complete:
             super().on_message_complete()
-        if self.cycle.response_complete:  # early: what came since has stopped uvicorn's own clock
+        if cycle.response_complete:  # early: what came since has stopped uvicorn's own clock
             self._rest()
 
     def pause_writing(self) -> None:
@@ -248,16 +256,14 @@ class BoundedProtocol(HttpToolsProtocol):
     def _unsupported_upgrade_warning(self) -> None:
         """Pass over an offer that came in pieces; the connection closes after the answer."""
 
-    def _by_express(
-        self, target: bytes, headers: list[tuple[bytes, bytes]], keep_alive: bool
-    ) -> bool:
+    def _by_express(self, target: bytes, fields: dict[bytes, bytes], keep_alive: bool) -> bool:
         """Serve the `POST` that has begun without ASGI, if it can be."""
         if self.flow.write_paused or not (self.cycle is None or self.cycle.response_complete):
             return False  # it has to wait its turn
         found = express(
-            self.served.state.service,
+            self._service,
             target,
-            headers,
+            fields,
             self.server_state.default_headers,
             self.transport.write,
             self._patience,
@@ -324,9 +330,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._clock.start(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def _wake(self) -> None:
-        if self._is_idle:
-            self._is_idle = False
-            self._clock.stop()
+        self._is_idle = False
+        self._clock.stop()
 
     def _on_deadline(self) -> None:
         is_answered = self.cycle is None or self.cycle.response_complete
@@ -356,7 +361,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         trace = new_trace()
         trace.problem = kind_of(title)
-        report(self.served.state.service.metrics, trace, "-", "unparsed", status)
+        report(self._service.metrics, trace, "-", "unparsed", status)
         headers = ((b"content-type", PROBLEM_JSON),)
         body = problem_json(status, title, detail)
         self.transport.write(answer(status, headers, body, trace, closing=True))

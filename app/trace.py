@@ -56,8 +56,7 @@ class Trace:
     """What is known of a request while it runs."""
 
     request_id: str
-    trace_id: str
-    span_id: str
+    number: int  # 192 bits at random; IDs are made of them when asked for, which is seldom
     flags: int = 0
     parent: Parent | None = None
     is_traced: bool = False  # a collector may know it: the log names its IDs
@@ -67,6 +66,16 @@ class Trace:
     stages: Stages | None = None  # of the image that took longest
     problem: str | None = None  # the kind of problem that was answered
     reason: str | None = None  # why the request was refused, finer than the problem
+
+    @property
+    def trace_id(self) -> str:
+        """32 hex digits: the caller's, if it has a trace."""
+        return self.parent.trace_id if self.parent else f"{self.number >> 64:032x}"
+
+    @property
+    def span_id(self) -> str:
+        """16 hex digits."""
+        return f"{self.number & (1 << 64) - 1:016x}"
 
     @property
     def traceparent(self) -> str:
@@ -98,20 +107,22 @@ def begin(request_id: str, traceparent: str) -> Trace:
 
 def new_trace(request_id: str = "", traceparent: str = "") -> Trace:
     """Return a trace as `begin` does, without making it the current one."""
-    # Once, since the call costs more than the bytes; and not from the system, whose call would let
-    # go of the GIL. The IDs are names, no secrets.
-    digits = _numbers.randbytes(40).hex()
-    if not (request_id and _REQUEST_ID.fullmatch(request_id)):
-        request_id = digits[48:]
     parent = parse_traceparent(traceparent) if traceparent else None
     return Trace(
-        request_id,
-        trace_id=parent.trace_id if parent else digits[:32],
-        span_id=digits[32:48],
+        name_of(request_id),
+        _numbers.getrandbits(192),
         flags=parent.flags if parent else 0,
         parent=parent,
         is_traced=parent is not None,
     )
+
+
+def name_of(request_id: str) -> str:
+    """Return what a request is called: as its client says, or else 32 hex digits at random."""
+    if request_id and _REQUEST_ID.fullmatch(request_id):
+        return request_id
+    # Not from the system, whose call would let go of the GIL: these are names, no secrets.
+    return f"{_numbers.getrandbits(128):032x}"
 
 
 def current() -> Trace | None:

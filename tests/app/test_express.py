@@ -75,7 +75,7 @@ def test_which_requests_take_it(
     """Whatever a usual request has not, a foreign key included, makes it take the long way."""
     fields = {b"x-api-key": b"secret"} | headers
     clock = Clock(Mock())
-    found = express(app.state.service, target, list(fields.items()), [], lambda _: None, clock)
+    found = express(app.state.service, target, fields, [], lambda _: None, clock)
     assert (found is not None) is taken
 
 
