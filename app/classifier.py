@@ -1,10 +1,14 @@
 """The way of an image after its upload: decoded in one of a few processes, batched, inferred."""
 
 import asyncio
+import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
 from typing import TypeVar
 
 import numpy as np
@@ -23,6 +27,8 @@ from app.latency import LatencyTable
 from app.metrics import Metrics
 from app.settings import Settings
 from app.trace import Trace, current
+
+logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
@@ -54,10 +60,15 @@ class Classifier:
         self._loop = asyncio.get_running_loop()
         task = Task(preprocessing=engine.card.preprocessing, max_pixels=settings.max_pixels)
         self._decoders = Decoders(settings.decode_threads, task)
-        # Each of them waits for a decoder; none does any work to speak of.
-        self._threads = ThreadPoolExecutor(
-            settings.decode_threads, "mixer-decode", initializer=give_way
-        )
+        # Each thread waits for a decoder; none does any work to speak of. An executor would make a
+        # future with a lock for each image, on the event loop.
+        self._work: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._serve, name="mixer-decode", daemon=True)
+            for _ in range(settings.decode_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
         self._batcher = Batcher(engine, settings.max_batch, latency, metrics)
 
     @property
@@ -97,7 +108,7 @@ class Classifier:
     def submit(self, upload: bytes, request_id: str) -> Entry:
         """Send one admitted upload on its way; `collect` it when its future is done."""
         entry = Entry(upload, self._loop.create_future(), request_id=request_id)
-        self._threads.submit(self._decode, entry)
+        self._work.put(partial(self._decode, entry))
         return entry
 
     def collect(
@@ -136,13 +147,36 @@ class Classifier:
 
     async def in_decoder(self, work: Callable[[], Answer]) -> Answer:
         """Run `work` in one of the threads that wait for decoders."""
-        return await self._loop.run_in_executor(self._threads, work)
+        done: Future[Answer] = Future()
+
+        def run() -> None:
+            if not done.set_running_or_notify_cancel():  # nobody waits any more
+                return
+            try:
+                done.set_result(work())
+            except Exception as error:
+                done.set_exception(error)
+
+        self._work.put(run)
+        return await asyncio.wrap_future(done)
 
     async def close(self) -> None:
         """Answer what was admitted, then end the threads."""
-        await asyncio.to_thread(self._threads.shutdown)
+        self._work.put(None)
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
         self._decoders.close()
         await asyncio.to_thread(self._batcher.close)
+
+    def _serve(self) -> None:
+        """Do what comes until the mark of the end does."""
+        give_way()
+        while (work := self._work.get()) is not None:
+            try:
+                work()
+            except Exception:  # else the thread would end, and its decoder never be used again
+                logger.exception("a bug beside a decoder")
+        self._work.put(None)  # for the next thread
 
     def _decode(self, entry: Entry) -> None:
         """Have one upload decoded, and queue it; runs in a thread that waits for decoders."""
