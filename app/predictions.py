@@ -31,7 +31,7 @@ def best(
 ) -> list[Prediction]:
     """Return the `top_k` labels of the highest scores, best first; ties by the lower index."""
     # No function changes the order of the logits, so only what is answered needs a score.
-    pairs = _candidates(logits, top_k) if len(logits) > _FEW_CLASSES else _all_of(logits)
+    pairs = _highest(logits, top_k) if len(logits) > _FEW_CLASSES else _all_of(logits)
     found = sorted(pairs, key=itemgetter(0), reverse=True)[:top_k]  # keeps the order of equals
     score = _softmax_of(logits, found[0][0]) if function == "softmax" else _SCORES[function]
     return [
@@ -44,10 +44,12 @@ def _all_of(logits: NDArray[np.float32]) -> Iterable[tuple[float, int]]:
     return zip(logits.tolist(), itertools.count())
 
 
-def _candidates(logits: NDArray[np.float32], top_k: int) -> Iterable[tuple[float, int]]:
-    """Return the logits that may be among the `top_k` highest, with their indices."""
+def _highest(logits: NDArray[np.float32], top_k: int) -> Iterable[tuple[float, int]]:
+    """Return the `top_k` highest logits with their indices, in no order."""
     lowest = np.partition(logits, -top_k)[-top_k]
-    [indices] = (logits >= lowest).nonzero()  # more than `top_k` if several share the last place
+    [indices] = (logits >= lowest).nonzero()
+    if len(indices) > top_k:  # several share the last place
+        indices = np.argsort(-logits, kind="stable")[:top_k]
     return zip(logits[indices].tolist(), indices.tolist(), strict=True)
 
 
