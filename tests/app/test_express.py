@@ -223,6 +223,39 @@ def test_both_ways_refuse_alike(full: Server, headers: dict[str, str]) -> None:
     assert fields[0]["outcome"] == "queue-full"
 
 
+def test_both_ways_count_alike(full: Server) -> None:
+    """A refusal at the door adds one to the same counters, either way."""
+    added = []
+    for number, path in enumerate(("/classify", f"/classify?{DETOUR}")):
+        before = _counts(full)
+        with dial(full.url) as client:
+            client.sendall(post(IMAGE, path, X_Request_ID=f"counted-{number}"))
+            read_answer(client)
+        _line_of(full, f"counted-{number}")
+        added.append({k: v - before.get(k, 0) for k, v in _counts(full).items()})
+    ones = [{name for name, more in counters.items() if more == 1} for counters in added]
+    assert ones[0] == ones[1]
+    assert ones[0] == {
+        'mixer_requests_total{outcome="queue-full",route="/classify",status="429"}',
+        'mixer_refusals_total{reason="requests"}',
+        'mixer_request_seconds_count{route="/classify"}',
+    }
+
+
+def _counts(server: Server) -> dict[str, float]:
+    """Return what is counted of requests for /classify, and of refusals."""
+    with dial(server.url) as scraper:
+        scraper.sendall(get("/metrics"))
+        lines = read_answer(scraper).decode().splitlines()
+    pairs = [line.rpartition(" ") for line in lines if line.startswith("mixer_re")]
+    kinds = ("requests_total", "request_seconds_count", "refusals_total")
+    return {
+        name: float(value)
+        for name, _, value in pairs
+        if any(kind in name for kind in kinds) and "/metrics" not in name
+    }
+
+
 def _line_of(server: Server, request_id: str) -> dict[str, object]:
     """Return a request's line in the log, which may be written after its answer."""
     for _ in range(100):
