@@ -40,7 +40,6 @@ _NO_BODY = RawBody()  # stands where none is being collected
 # Each changes how a request is read or answered, by rules that the framework's way knows. In
 # chunks a body may come as a million pieces: that way makes the client wait for them.
 _UNUSUAL = frozenset({b"expect", b"origin", b"transfer-encoding", b"upgrade"})
-_TRACEPARENT = b"traceparent"
 _TIMEOUT = TIMEOUT_HEADER.encode("ascii")
 
 
@@ -67,7 +66,7 @@ def express(
         return None
     if keep_alive and service.spans is None and not service.draining:
         refusal = service.admission.refusal()
-        if refusal is not None and _TRACEPARENT not in fields:
+        if refusal is not None:
             write(refuse(service, refusal, PATH, fields, default_headers))
             return ANSWERED
     if fields.get(b"content-type", b"").lower().startswith(_JSON):
@@ -107,7 +106,7 @@ class Express:
         self._write = write
         self._clock = clock
         self._on_response: Callable[[], None] = _nothing
-        self._trace = new_trace(self._field(b"x-request-id"), self._field(_TRACEPARENT))
+        self._trace = new_trace(self._field(b"x-request-id"), self._field(b"traceparent"))
         self._trace.is_traced = self._trace.is_traced or service.spans is not None
         self._budget = BodyBudget(self._service.admission)
         self._is_in = False  # counted by the door

@@ -15,7 +15,7 @@ from app.admission import Refusal
 from app.errors import PROBLEM_JSON, QueueFull, kind_of
 from app.logs import write_request
 from app.service import Service
-from app.trace import name_of
+from app.trace import name_of, new_trace
 
 logger = logging.getLogger(__name__)
 
@@ -43,16 +43,22 @@ def refuse(
 ) -> bytes:
     """Return the whole answer to a `POST` that the door refuses, and report it.
 
-    It is what `access.answer` and `access.report` would make of it, but for a caller's trace.
+    It is what `access.answer` and `access.report` would make of it.
     """
     started = time.perf_counter()
     request_id = name_of(fields.get(b"x-request-id", b"").decode("latin-1"))
     start, end, members = _constant(refusal, path, *default_headers)
     seconds = time.perf_counter() - started
     total_ms = f"{seconds * 1000:.2f}"
+    timing, members = f"total;dur={total_ms}", members + total_ms
+    if b"traceparent" in fields:
+        trace = new_trace(request_id, fields[b"traceparent"].decode("latin-1"))
+        if trace.parent is not None:
+            timing += f"\r\ntraceparent: {trace.traceparent}"
+            members += f',"trace_id":"{trace.trace_id}","span_id":"{trace.span_id}"'
     service.metrics.refuse(path, _STATUS, _KIND, refusal.reason, seconds)
-    write_request(logger, logging.INFO, request_id, members + total_ms)
-    return f"{start}{request_id}\r\nserver-timing: total;dur={total_ms}{end}".encode("latin-1")
+    write_request(logger, logging.INFO, request_id, members)
+    return f"{start}{request_id}\r\nserver-timing: {timing}{end}".encode("latin-1")
 
 
 class _Constant(NamedTuple):
