@@ -32,8 +32,8 @@ bench: .venv/test ## Compare speed with peers and with the bare work (BENCH=--qu
 	$(BIN)/python -m tests.benchmarks --photos $(SHARED)/data/photos.tar $(BENCH)
 
 gpu-check: .venv-gpu/installed ## Prove the CUDA path on this machine's GPU (MODEL=file.onnx for one of your own)
-	@$(if $(MODEL),MIXER_GPU_MODEL=$(abspath $(MODEL))) .venv-gpu/bin/python -m pytest -m gpu tests/gpu; \
-		code=$$?; [ $$code != 77 ] || echo "gpu-check: no GPU here, exit code 77" >&2; exit $$code
+	@$(if $(MODEL),MIXER_GPU_MODEL="$$(realpath "$(MODEL)")") .venv-gpu/bin/python -m pytest -m gpu tests/gpu; \
+		code=$$?; [ $$code != 77 ] || echo "gpu-check: no GPU here, exit code 77 (make's own is 2)" >&2; exit $$code
 
 clean: ## Remove the virtual environment and all caches
 	rm -rf .venv .venv-gpu .bench .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -17,7 +17,7 @@ from app.shares import Share
 if TYPE_CHECKING:
     import onnxruntime
 
-Pin = Callable[[NDArray[np.uint8]], None]
+Stage = Callable[[tuple[int, ...]], NDArray[np.uint8]]
 
 
 def bucket_sizes(max_batch: int) -> tuple[int, ...]:
@@ -36,13 +36,12 @@ class Buckets:
     threads = 1
 
     def __init__(
-        self, session: "onnxruntime.InferenceSession", max_batch: int, device: str, pin: Pin
+        self, session: "onnxruntime.InferenceSession", max_batch: int, device: str, stage: Stage
     ) -> None:
-        """Allocate for `device` (cpu or cuda); `pin` locks a staging buffer into memory."""
+        """Allocate for `device` (cpu or cuda); `stage` makes the buffer that it reads from."""
         _, tokens, patch_bytes = session.get_inputs()[0].shape
         self._sizes = bucket_sizes(max_batch)
-        self._staging = np.zeros((max_batch, tokens, patch_bytes), np.uint8)
-        pin(self._staging)
+        self._staging = stage((max_batch, tokens, patch_bytes))
         self._buckets = [
             Bucket(session, self._staging[:size], device, graph_id)
             for graph_id, size in enumerate(self._sizes, start=1)

@@ -7,7 +7,10 @@ needs is looked for first, and the fallback is forbidden.
 import contextlib
 import ctypes
 import io
+import math
+import mmap
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,17 +59,42 @@ def open_session(
     onnxruntime.set_default_logger_severity(4)  # what fails below reaches the operator as one line
     # Without this a node that the GPU cannot run, or all of them, would land silently on the CPU.
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         providers = [(CUDA, cuda_options(gpu))]
         if gpu.tensorrt:
             providers.insert(0, (TENSORRT, tensorrt_options(gpu, _input_shape(path), max_batch)))
-        session = onnxruntime.InferenceSession(path, options, providers=providers)
+        # Without the last word Python would try again with other providers, and print so.
+        session = onnxruntime.InferenceSession(
+            path, options, providers=providers, enable_fallback=0
+        )
     except Exception as error:  # onnxruntime raises a class of its own for each status
         reason = str(error).strip().partition("\n")[0]
         raise GpuMissing(f"it cannot run {path} there ({reason})") from error
     if session.get_providers()[0] != wanted:
         raise GpuMissing(f"onnxruntime fell back to {session.get_providers()[0]}")
+    left = nodes_elsewhere(session, wanted)
+    if left:
+        raise GpuMissing(
+            f"{wanted.removesuffix('ExecutionProvider')} does not take its {', '.join(left)}"
+        )
     return session, wanted
+
+
+def nodes_elsewhere(session: "onnxruntime.InferenceSession", provider: str) -> list[str]:
+    """Return the operators that another provider runs, in order of their names.
+
+    What TensorRT does not take, CUDA would, and nothing but the speed would tell. Casts are no
+    work, and TensorRT may leave that of the input's bytes. The session must have been opened with
+    `session.record_ep_graph_assignment_info`.
+    """
+    found = {
+        node.op_type
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != provider
+        for node in part.get_nodes()
+    }
+    return sorted(found - {"Cast"})
 
 
 def cuda_options(gpu: GpuOptions) -> dict[str, str]:
@@ -116,22 +144,30 @@ def _input_shape(path: Path) -> tuple[int, int]:
     return tokens, patch_bytes
 
 
-def pin(buffer: NDArray[np.uint8]) -> None:
-    """Lock a staging buffer into memory for as long as the process lives: the GPU then reads it.
+def pinned(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Return a staging buffer uint8 [*shape] that the GPU reads: locked in memory while it lives.
+
+    Its pages are its own, for CUDA pins none of them twice.
 
     Raises:
         StartupError: CUDA refuses.
     """
     runtime = ctypes.CDLL(f"libcudart.so.{_cuda_major()}")
-    status = runtime.cudaHostRegister(
-        ctypes.c_void_p(buffer.ctypes.data), ctypes.c_size_t(buffer.nbytes), ctypes.c_uint(0)
-    )
+    buffer = np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8)
+    address = ctypes.c_void_p(buffer.ctypes.data)
+    status = runtime.cudaHostRegister(address, ctypes.c_size_t(buffer.nbytes), ctypes.c_uint(0))
     if status:
+        runtime.cudaGetLastError()  # or a later call would be told of this one's
         raise StartupError(f"CUDA cannot pin {buffer.nbytes} bytes of memory (error {status})")
+    # What comes to lie at this address afterwards could else not be pinned (error 712). At the
+    # process's end CUDA may be gone before us.
+    weakref.finalize(buffer, runtime.cudaHostUnregister, address).atexit = False
+    return buffer.reshape(shape)
 
 
-def leave_pageable(_: NDArray[np.uint8]) -> None:
-    """Pin nothing: on the CPU there is nobody to pin for."""
+def pageable(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Return a staging buffer uint8 [*shape] on the CPU, where there is nobody to pin it for."""
+    return np.zeros(shape, np.uint8)
 
 
 def _load_libraries(*, tensorrt: bool) -> None:

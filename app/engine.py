@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.buckets import Buckets
-from app.cuda import GpuMissing, GpuOptions, leave_pageable, open_session, pin
+from app.cuda import GpuMissing, GpuOptions, open_session, pageable, pinned
 from app.errors import StartupError
 from app.model_card import CardError, ModelCard, read_metadata
 from app.shares import Share, Shares
@@ -83,9 +83,9 @@ class OnnxEngine:
         self._check_signature(path)
         self._batches: Buckets | Shares
         if self.provider != CPU:
-            self._batches = Buckets(self._session, max_batch, "cuda", pin)
+            self._batches = Buckets(self._session, max_batch, "cuda", pinned)
         elif bucketed:
-            self._batches = Buckets(self._session, max_batch, "cpu", leave_pageable)
+            self._batches = Buckets(self._session, max_batch, "cpu", pageable)
         else:
             tokens = self.card.preprocessing.tokens
             narrow = _open_on_cpu(path, 1) if threads > 1 else self._session

@@ -40,8 +40,8 @@ class Settings(BaseModel):
         default=0,
         ge=0,
         le=2**20,
-        description="most GPU memory that inference may take, where others share the GPU; "
-        "0 sets no limit",
+        description="most GPU memory of inference's arena, where others share the GPU; CUDA's own "
+        "context and the buffers of batches come on top; 0 sets no limit",
     )
     tensorrt_cache: Path | None = Field(
         default=None,

@@ -1,0 +1,87 @@
+"""What a machine without a GPU can prove of the CUDA path; the rest is in tests/gpu."""
+
+import ctypes
+import mmap
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from app import cuda
+from app.cuda import TENSORRT, nodes_elsewhere, pinned
+from app.engine import CPU
+from app.errors import StartupError
+from app.settings import EMBEDDED_MODEL
+
+
+class Runtime:
+    """Stands for libcudart: it pins no byte twice, as CUDA does not."""
+
+    def __init__(self) -> None:
+        self.pinned: dict[int, int] = {}  # size by address
+        self.has_error = False
+
+    def cudaHostRegister(  # noqa: N802 - CUDA's name, as those below
+        self, address: ctypes.c_void_p, size: ctypes.c_size_t, _: ctypes.c_uint
+    ) -> int:
+        """Pin, or return the error of what is pinned already."""
+        start = address.value or 0
+        for other, length in self.pinned.items():
+            if start < other + length and other < start + size.value:
+                self.has_error = True
+                return 712
+        self.pinned[start] = size.value
+        return 0
+
+    def cudaHostUnregister(self, address: ctypes.c_void_p) -> int:  # noqa: N802 - as above
+        """Unpin."""
+        del self.pinned[address.value or 0]
+        return 0
+
+    def cudaGetLastError(self) -> int:  # noqa: N802 - as above
+        """Forget the last error."""
+        self.has_error = False
+        return 0
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    """Return what stands for CUDA's runtime."""
+    stand_in = Runtime()
+    monkeypatch.setattr(cuda, "_cuda_major", lambda: "13")
+    monkeypatch.setattr(ctypes, "CDLL", {"libcudart.so.13": stand_in}.__getitem__)
+    return stand_in
+
+
+def test_pinned_as_long_as_it_lives(runtime: Runtime) -> None:
+    """A staging buffer has pages of its own, pinned until the last view of them is gone."""
+    buffer = pinned((3, 5, 7))
+    assert buffer.shape == (3, 5, 7)
+    assert buffer.dtype == np.uint8
+    assert runtime.pinned == {buffer.ctypes.data: 105}
+    assert buffer.ctypes.data % mmap.PAGESIZE == 0
+    part = buffer[:2]
+    part[:] = 1  # the next batch is written there
+    del buffer
+    assert len(runtime.pinned) == 1
+    del part
+    assert not runtime.pinned
+
+
+def test_refused_pinning_is_one_line(runtime: Runtime) -> None:
+    """What CUDA refuses stops start-up with its number, and no later call is told of it."""
+    runtime.pinned = {0: 1 << 63}
+    with pytest.raises(StartupError, match=r"^CUDA cannot pin 6 bytes of memory \(error 712\)$"):
+        pinned((1, 2, 3))
+    assert not runtime.has_error
+
+
+def test_nodes_of_another_provider_are_named() -> None:
+    """What a provider does not run is named by its operators, casts left out."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = onnxruntime.InferenceSession(EMBEDDED_MODEL, options, providers=[CPU])
+    assert nodes_elsewhere(session, CPU) == []
+    left = nodes_elsewhere(session, TENSORRT)
+    assert {"MatMul", "Gelu", "LayerNormalization"} <= set(left)
+    assert "Cast" not in left
