@@ -1,7 +1,10 @@
 """What all commands share: a wrong argument is one line, as every other reason not to begin."""
 
 import argparse
-from typing import NoReturn
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+Number = TypeVar("Number", int, float)
 
 
 class Arguments(argparse.ArgumentParser):
@@ -9,4 +12,20 @@ class Arguments(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        line = " ".join(message.split())  # an argument may hold line breaks
+        self.exit(2, f"{self.prog}: {line}; see {self.prog} --help\n")
+
+
+def number_within(kind: type[Number], least: Number, most: Number) -> Callable[[str], Number]:
+    """Return what reads an argument as a number from `least` to `most`, for `type=`."""
+
+    def read(text: str) -> Number:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:  # nor is "nan"
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number from {least} to {most}")
+        return value
+
+    return read

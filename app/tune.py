@@ -15,9 +15,10 @@ from typing import TextIO, get_args
 
 import numpy as np
 
-from app.arguments import Arguments
+from app.arguments import Arguments, number_within
 from app.buckets import bucket_sizes
 from app.cpus import available_cpus
+from app.cuda import GpuOptions
 from app.engine import CPU, Device, Engine, OnnxEngine
 from app.errors import StartupError
 
@@ -46,22 +47,34 @@ class Point:
 def main(arguments: Sequence[str]) -> int:
     """Measure, print, write and draw; return the exit code."""
     options = _parser().parse_args(arguments)
+    curve = options.output.with_suffix(".png")
     try:
+        for path in (options.output, curve):  # a sweep may take minutes
+            _check_writable(path)
         points, device = sweep(options)
         best = recommend(points, options.latency_ms)
-        settings = {
+        settings: dict[str, object] = {
             "MIXER_MODEL": options.model.resolve(),
             "MIXER_DEVICE": device,
             "MIXER_THREADS": best.threads,
             "MIXER_MAX_BATCH": best.batch,
         }
+        if options.gpu_memory_mib:
+            settings["MIXER_GPU_MEMORY_MIB"] = options.gpu_memory_mib
+        if options.tensorrt_cache:
+            settings["MIXER_TENSORRT_CACHE"] = options.tensorrt_cache.resolve()
         lines = [f"{name}={value}" for name, value in settings.items()]
         options.output.write_text("\n".join(lines) + "\n")
+        _print(table(points, best), *lines, f"written to {options.output}")
+        if 2 * best.latency_ms > options.latency_ms:
+            _print(f"nothing fits in {options.latency_ms:g} ms: this is the fastest single image")
+        _print(draw(points, best, curve))
     except (StartupError, OSError) as error:
         sys.stderr.write(f"mixer-serve: {error}\n")
         return 1
-    _print(table(points, best), *lines, f"written to {options.output}")
-    _print(draw(points, best, options.output.with_suffix(".png")))
+    except KeyboardInterrupt:
+        sys.stderr.write("\nmixer-serve: stopped; nothing is written\n")
+        return 130
     return 0
 
 
@@ -74,13 +87,14 @@ def sweep(options: argparse.Namespace) -> tuple[list[Point], str]:
     device: Device = options.device
     engine = _open(options, device, available_cpus())
     chosen: Device = device if engine.provider != CPU else "cpu"
-    # On a GPU the threads of the CPU have nothing to do.
+    # On a GPU the threads of the CPU have nothing to do, and TensorRT takes minutes to open.
     threads = bucket_sizes(available_cpus()) if chosen == "cpu" else (1,)
     sizes = bucket_sizes(options.max_batch)
     points: list[Point] = []
     progress = _Progress(len(threads) * len(sizes), sys.stderr)
     for count in threads:
-        engine = _open(options, chosen, count)
+        if chosen == "cpu":
+            engine = _open(options, chosen, count)
         for batch in sizes:
             progress.step(f"{count} threads, batch {batch}")
             points.append(Point(count, batch, _latency_ms(engine, batch)))
@@ -119,6 +133,7 @@ def draw(points: Sequence[Point], best: Point, path: Path) -> str:
     """Draw latency and images per second over the batch size as PNG; return what was done."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError:
         return "no curve drawn: matplotlib is missing (pip install 'mixer-serve[export]')"
     figure = Figure(figsize=(8, 3.5), layout="constrained")
@@ -132,7 +147,10 @@ def draw(points: Sequence[Point], best: Point, path: Path) -> str:
     left.plot(best.batch, best.latency_ms, "o", color="black", markersize=9, label="recommended")
     right.plot(best.batch, best.images_per_s, "o", color="black", markersize=9)
     left.set(xlabel="batch", ylabel="latency, ms", xscale="log", yscale="log")
-    right.set(xlabel="batch", ylabel="images/s", xscale="log", ylim=(0, None))
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter("{x:g}")
+    most = max(point.images_per_s for point in points)
+    right.set(xlabel="batch", ylabel="images/s", xscale="log", ylim=(0, 1.08 * most))
     for axes in (left, right):
         axes.set_xticks(sorted({point.batch for point in points}))
         axes.xaxis.set_major_formatter("{x:g}")
@@ -160,7 +178,16 @@ def _runs_ms(engine: Engine, patches: "np.typing.NDArray[np.uint8]") -> Iterator
 
 
 def _open(options: argparse.Namespace, device: Device, threads: int) -> OnnxEngine:
-    return OnnxEngine(options.model, device, threads, max_batch=options.max_batch)
+    gpu = GpuOptions(options.gpu_memory_mib, options.tensorrt_cache)
+    return OnnxEngine(options.model, device, threads, max_batch=options.max_batch, gpu=gpu)
+
+
+def _check_writable(path: Path) -> None:
+    """Raise OSError if a file cannot be written there; what is there stays as it is."""
+    is_new = not path.exists()
+    path.open("a").close()
+    if is_new:
+        path.unlink()
 
 
 class _Progress:
@@ -186,6 +213,13 @@ class _Progress:
             self._stream.write("\r\x1b[K")
 
 
+def _env_file(text: str) -> Path:
+    path = Path(text)
+    if path.suffix == ".png":
+        raise argparse.ArgumentTypeError(f"'{text}' would be the curve's name: end it otherwise")
+    return path
+
+
 def _print(*lines: str) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
 
@@ -201,23 +235,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-batch",
-        type=int,
-        choices=range(1, 4097),
+        type=number_within(int, 1, 4096),
         default=64,
         metavar="IMAGES",
         help="largest batch that is tried, 1 to 4096 (default: 64)",
     )
     parser.add_argument(
         "--latency-ms",
-        type=float,
+        type=number_within(float, 0.001, 600_000),
         default=200.0,
         metavar="MS",
         help="longest wait and inference together that may be recommended (default: 200)",
     )
     parser.add_argument(
+        "--gpu-memory-mib",
+        type=number_within(int, 0, 2**20),
+        default=0,
+        metavar="MIB",
+        help="as for serving (default: no limit)",
+    )
+    parser.add_argument(
+        "--tensorrt-cache", type=Path, metavar="FOLDER", help="as for serving (default: none)"
+    )
+    parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=_env_file,
         default=Path("mixer-serve.env"),
         metavar="FILE",
         help="env file to write; the curve goes beside it as .png (default: mixer-serve.env)",

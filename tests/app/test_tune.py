@@ -46,6 +46,41 @@ def test_missing_model_is_one_line(tmp_path: Path) -> None:
     assert not output.exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--max-batch", "0"], "'0' is not a number from 1 to 4096"),
+        (["--max-batch", "two"], "'two' is not a number from 1 to 4096"),
+        (["--latency-ms", "nan"], "'nan' is not a number from 0.001 to 600000"),
+        (["--latency-ms", "-5"], "'-5' is not a number from 0.001 to 600000"),
+        (["-o", "curve.png"], "'curve.png' would be the curve's name: end it otherwise"),
+    ],
+)
+def test_wrong_argument_is_one_line(arguments: list[str], reason: str) -> None:
+    """An argument that cannot be is refused in one line before anything is measured."""
+    done = run(str(EMBEDDED_MODEL), *arguments)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert reason in done.stderr
+
+
+@pytest.mark.parametrize("taken", ["tuned.env", "tuned.png"])
+def test_what_cannot_be_written_is_said_first(tmp_path: Path, taken: str) -> None:
+    """A file that cannot be written stops the command in one line, before the sweep."""
+    (tmp_path / taken).mkdir()
+    done = run(str(tmp_path / "none.onnx"), "-o", str(tmp_path / "tuned.env"))
+    assert done.returncode == 1
+    assert str(tmp_path / taken) in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_nothing_fits(tmp_path: Path) -> None:
+    """Where not even one image fits into the latency, the report says so."""
+    output = tmp_path / "tuned.env"
+    done = run(str(EMBEDDED_MODEL), "--max-batch", "1", "--latency-ms", "0.01", "-o", str(output))
+    assert "nothing fits in 0.01 ms: this is the fastest single image" in done.stdout
+
+
 def test_missing_matplotlib_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without matplotlib the curve is left out, and the report says so and how to get it."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
