@@ -19,7 +19,9 @@ _LENGTH = re.compile(rb"[0-9]{1,10}")
 # A longer one is none of the usual kind.
 _MAX_BYTES = 16 * 1024
 # What changes how the message or the connection is read (RFC 9110, 7.8 and 10.1.1; RFC 9112, 6.1).
-_FRAMING = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"http2-settings"})
+_FRAMING = frozenset(
+    {b"transfer-encoding", b"expect", b"upgrade", b"http2-settings", b"proxy-connection"}
+)
 
 
 class Head(NamedTuple):

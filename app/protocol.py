@@ -7,8 +7,10 @@ client that sends more than it may reads its answer before the connection goes.
 
 import asyncio
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import httptools
 from fastapi import FastAPI
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -23,7 +25,6 @@ from app.refusal import Answered
 from app.service import Service
 from app.settings import Settings
 from app.trace import new_trace
-from app.wire import without_upgrade
 
 # What a request may hold besides its body: nginx's and most balancers' own limit for headers.
 MAX_HEADER_BYTES = 64 * 1024
@@ -38,6 +39,8 @@ LAST_WORD_S = 1.0
 MAX_PIPELINED = 32
 # How often a client is looked at that has sent more than it has answers to.
 WATCH_S = 0.1
+# Over the limit, so many connections may read their refusal in peace; those of a flood are closed.
+MAX_FAREWELLS = 64
 # When the listener has closed, time for the first request of a connection opened just before.
 LAST_CALL_S = 0.5
 
@@ -63,6 +66,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._watch: asyncio.TimerHandle | None = None
         self._owed = 0  # bytes of this message's body that go past the parser
         self._express: Express | None = None  # the request that is served without ASGI
+        self._before = self.cycle  # the request before the last
         self._farewell: Farewell
         self._service: Service = self.served.state.service
 
@@ -70,7 +74,9 @@ class BoundedProtocol(HttpToolsProtocol):
         """Start the clock: a client that connects has a request to send."""
         self._farewell = Farewell(transport, self.loop, lambda: self._begun)
         super().connection_made(self._farewell)
-        if len(self.connections) > self.settings.max_connections:
+        excess = len(self.connections) - self.settings.max_connections
+        if excess > 0:
+            self._begun = excess <= MAX_FAREWELLS  # the request will come, or is coming
             self._refuse(503, "Too many connections", "This replica has no connection to spare.")
             return
         self._start_clock(self.settings.header_timeout_s)
@@ -99,7 +105,8 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._allowance -= len(data)
         self._is_whole = False
-        super().data_received(without_upgrade(data) if self._in_headers else data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
         is_more_due = (self._begun or not self._is_whole) and not self._deaf
         if is_more_due and not self._clock.is_running and not self.transport.is_closing():
             self._start_clock(self._patience_s())
@@ -120,22 +127,24 @@ class BoundedProtocol(HttpToolsProtocol):
         self._allowance = max(self._allowance, MAX_HEADER_BYTES)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header, or a trailer.
+        """Take a header, without the spaces around it (RFC 9110, 5.5), or pass over a trailer.
 
         Raises:
             OverflowError: there are too many; it stops the parser.
         """
+        if not self._in_headers:  # a trailer is none of them (RFC 9110, 6.5.1)
+            return
         if len(self.headers) >= MAX_HEADERS:
             self._refuse_headers()
             raise OverflowError("too many headers")
-        super().on_header(name, value)
+        super().on_header(name, value.rstrip(b" \t"))
 
     def on_headers_complete(self) -> None:
         """Give the body its own time.
 
         Raises:
-            OverflowError: too many requests ahead of their answers, or headers too large; it stops
-                the parser.
+            OverflowError: too many requests ahead of their answers, headers too large, or a coding
+                that is none of ours; it stops the parser.
         """
         size = len(self.url) + sum(map(len, chain.from_iterable(self.headers)))
         if size + 4 * len(self.headers) > MAX_HEADER_BYTES:  # all of it in one read
@@ -143,6 +152,9 @@ class BoundedProtocol(HttpToolsProtocol):
             raise OverflowError("headers too large")
         if len(self.pipeline) >= MAX_PIPELINED:
             raise OverflowError("too many requests are pipelined")
+        if any(n == b"transfer-encoding" and v.lower() != b"chunked" for n, v in self.headers):
+            self._refuse(400, "Bad request", "The only Transfer-Encoding taken is chunked.")
+            raise OverflowError("a coding that is none of ours")
         self._in_headers = False
         self._clock.stop()  # `data_received` starts the body's, if the body is still to come
         if (
@@ -154,7 +166,12 @@ class BoundedProtocol(HttpToolsProtocol):
             )
         ):
             return
-        super().on_headers_complete()
+        self._before = self.cycle
+        try:
+            super().on_headers_complete()
+        except Exception:
+            self._in_headers = True  # no request has come of them
+            raise
         if self.expect_100_continue or self.parser.should_upgrade():
             # After an early answer nobody could tell whether the body still comes (RFC 9110,
             # 10.1.1), nor after an upgrade that we pass over, which protocol.
@@ -182,7 +199,37 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Stop the clock until the next request begins."""
-        self._end_message()
+        if not self.parser.should_upgrade():  # else the parser leaves the body to us
+            self._end_message()
+
+    def _parse(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            self._pass_over(data[offer.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _pass_over(self, rest: bytes) -> None:
+        """Read on in HTTP/1.1 behind headers that offer another protocol.
+
+        Java's HTTP client offers HTTP/2 with its first request, and a server may go on without
+        (RFC 9110, section 7.8). The parser would take the body for that protocol's: another one
+        reads it, by the same framing. It is the connection's last.
+        """
+        framing = [
+            b"%b: %b\r\n" % (name, value)
+            for name, value in self.headers
+            if name in (b"content-length", b"transfer-encoding")
+        ]
+
+        def end() -> None:
+            self._end_message()
+            self._deaf = True
+
+        reader = SimpleNamespace(on_body=self.on_body, on_message_complete=end)
+        self.parser = httptools.HttpRequestParser(reader)
+        self._parse(b"".join((b"POST / HTTP/1.1\r\n", *framing, b"\r\n", rest)))
 
     def _take_usual(self, data: bytes) -> bytes:
         """Serve the usual requests that `data` begins with; return what is for the parser."""
@@ -252,9 +299,6 @@ class BoundedProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP at all."""
         self._refuse(400, "Bad request", msg)
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """Pass over an offer that came in pieces; the connection closes after the answer."""
 
     def _by_express(self, target: bytes, fields: dict[bytes, bytes], keep_alive: bool) -> bool:
         """Serve the `POST` that has begun without ASGI, if it can be."""
@@ -350,15 +394,18 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self.cycle is not None and not self.cycle.response_complete:
-            # An answer is under way: a second one inside it would be read as a part of it. What
-            # came in order is answered, unless it is its own body that has gone wrong.
-            self.cycle.keep_alive = False
-            if self._in_headers:
+            # What came in order is answered: a second answer would be read as a part of the first.
+            if self._in_headers or self.pipeline:
+                if not self._in_headers:  # the last one's own body has gone wrong
+                    self.pipeline.popleft()
+                    self.cycle = self._before
+                self.cycle.keep_alive = False
                 self._deaf = True
                 self._clock.stop()
-            else:
+                return
+            if isinstance(self.cycle, Express) or self.cycle.response_started:
                 self.transport.close()
-            return
+                return
         trace = new_trace()
         trace.problem = kind_of(title)
         report(self._service.metrics, trace, "-", "unparsed", status)

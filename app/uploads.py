@@ -75,7 +75,7 @@ def image_reader(content_type: str, max_images: int) -> Form | RawBody:
         MalformedForm: a form without a boundary.
         UnsupportedFormat: a type that holds no image.
     """
-    media_type = content_type.partition(";")[0].strip().lower()
+    media_type = content_type.partition(";")[0].strip(" \t").lower()
     if media_type == FORM:
         return Form(content_type, max_images)
     if media_type and media_type != RAW and not media_type.startswith("image/"):
@@ -152,7 +152,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Answer]) -> An
 
 def media_type_of(request: Request) -> str:
     """Return the body's media type without its parameters, in lower case."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return request.headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
 
 
 async def _receive(

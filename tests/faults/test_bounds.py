@@ -107,6 +107,12 @@ def test_connections(fake: Start, figure: Figure) -> None:
             answer = read_answer(one_more)
         figure(f"the 21st of 20: {answer[9:12].decode()}")
         assert b" 503 " in answer
+        for size in (1000, 100_000):  # the answer outlives what was on its way meanwhile
+            with dial(server.url) as one_more:
+                time.sleep(0.05)
+                one_more.sendall(post(bytes(size)))
+                time.sleep(0.05)
+                assert b" 503 " in read_answer(one_more)
         for client in held:
             client.close()
         time.sleep(0.2)

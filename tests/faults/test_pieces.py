@@ -1,0 +1,106 @@
+"""Promise 11, in pieces: how the network cuts a request changes nothing about what it says."""
+
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from tests.fakes import make_image
+from tests.faults.conftest import Start
+from tests.faults.load import dial, get, post
+from tests.processes import Server
+
+IMAGE = make_image()
+FORM_TYPE = "multipart/form-data; boundary=b"
+OFFER = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c"}  # as Java's client makes it
+CHUNKED = (
+    b"POST /classify HTTP/1.1\r\nHost: test\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(IMAGE), IMAGE)
+)
+
+
+def send(server: Server, pieces: Sequence[bytes]) -> bytes:
+    """Send one piece after the other; return what comes back until the end, or a silence."""
+    with dial(server.url) as client:
+        client.settimeout(0.5)
+        answer = b""
+        try:
+            for piece in pieces:
+                client.sendall(piece)
+                time.sleep(0.01)
+            while chunk := client.recv(65536):
+                answer += chunk
+        except (ConnectionError, TimeoutError):
+            pass
+        return answer
+
+
+def statuses(answer: bytes) -> list[int]:
+    """Return the statuses of the answers, in order."""
+    return [int(part[:3]) for part in answer.split(b"HTTP/1.1 ")[1:]]
+
+
+@pytest.mark.parametrize("request_", [post(IMAGE, **OFFER), CHUNKED], ids=["length", "chunks"])
+def test_offer_of_another_protocol(fake: Start, request_: bytes) -> None:
+    """A POST that offers an upgrade is served as HTTP/1.1, wherever its head is cut."""
+    head = request_.index(b"\r\n\r\n") + 4
+    with fake() as server:
+        for cut in (*range(head - 4, head + 2), request_.index(b"grade: h2c"), len(request_)):
+            answer = send(server, [request_[:cut], request_[cut:]])
+            assert statuses(answer) == [200], cut
+            assert b"connection: close" in answer.lower()
+        assert statuses(send(server, [b"\r\n\r\n" + request_])) == [200]
+        assert statuses(send(server, [get("/livez") + request_])) == [200, 200]
+        assert statuses(send(server, [request_ + get("/livez")])) == [200]
+
+
+def test_bodies_are_no_heads(fake: Start) -> None:
+    """Nothing inside a body is read as a header, or as a request, wherever the head is cut."""
+    smuggled = get("/model")
+    second = post(smuggled)
+    gap = b" " * (len(second) - len(smuggled))
+    body = b"--b\r\nUpgrade" + gap + b": x\r\n\r\n" + IMAGE + b"\r\n--b--\r\n"
+    first = post(body, Content_Type=FORM_TYPE)
+    head = first.index(b"\r\n\r\n") + 4
+    with fake() as server:
+        for cut in range(head - 4, head + 1):
+            answer = send(server, [first[:cut], first[cut:] + second])
+            assert statuses(answer) == [400, 415], cut
+
+
+@pytest.mark.parametrize("path", ["/classify", "/classify/batch"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"GET http://host HTTP/1.1\r\n\r\n",
+        b"CONNECT a:443 HTTP/1.1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nTransfer-Encoding: identity\r\n\r\n",
+        b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+        b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 101 + b"\r\n",
+    ],
+)
+def test_what_came_before_is_answered(fake: Start, path: str, bad: bytes) -> None:
+    """A request that cannot be read takes none of those before it along."""
+    form = b'--b\r\nContent-Disposition: form-data; name="files"\r\n\r\n' + IMAGE + b"\r\n--b--\r\n"
+    good = post(IMAGE) if path == "/classify" else post(form, path, Content_Type=FORM_TYPE)
+    with fake(batch_ms=50) as server:
+        answer = send(server, [good + good + bad])
+        assert statuses(answer) == [200, 200]
+        assert answer.lower().count(b"connection: close") == 1
+
+
+def test_headers_mean_the_same(fake: Start) -> None:
+    """Spaces behind a value are none of it, and a trailer is no header, in one piece or in two."""
+    spaced = post(IMAGE, X_Request_ID="abc \t", X_Request_Timeout_Ms="5000 ")
+    chunks = b"POST /classify HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n"
+    trailed = chunks % (len(IMAGE), IMAGE) + b"X-Request-ID: no\r\nX-Request-Timeout-Ms: no\r\n\r\n"
+    with fake() as server:
+        for pieces in ([spaced], [spaced[:40], spaced[40:]]):
+            answer = send(server, pieces)
+            assert statuses(answer) == [200]
+            assert b"x-request-id: abc\r\n" in answer
+        for pieces in ([trailed], [trailed[:40], trailed[40:]]):
+            answer = send(server, pieces)
+            assert statuses(answer) == [200]
+            assert b"x-request-id: no\r\n" not in answer
