@@ -31,6 +31,12 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = (5, 6, 7, 8)
+# The turns that bring the stored picture's last columns, or rows, to the left or to the top.
+_TO_THE_LEFT = (2, 3, 6, 7)
+_TO_THE_TOP = (3, 4, 7, 8)
+# Taller than this many widths, a whole resize would make more rows than it is worth.
+_MAX_WIDTHS = 8
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +56,7 @@ class Geometry:
     scaled: tuple[int, int]  # size of the whole image at the scale of the model's input
     offset: tuple[int, int]  # left, top of the crop at that scale
 
-    def box(self, width: int, height: int, side: int) -> tuple[float, float, float, float]:
+    def box(self, width: float, height: float, side: int) -> Box:
         """Return the crop in the coordinates of an image stored as `width` × `height`."""
         x_step, y_step = width / self.scaled[0], height / self.scaled[1]
         left, top = self.offset
@@ -100,20 +106,25 @@ def decode(
                 check_scans(data, header.width * header.height)
             file_format, turn = "JPEG", header.orientation
             width, height = header.width, header.height
-            image = header.decode(data, _smallest(width, height, turn, preprocessing))
+            scale = header.scale(_smallest(width, height, turn, preprocessing))
+            image, extent = header.decode(data, scale), (width / scale, height / scale)
         else:
             image = _open(data, max_pixels)
             # A photo with a second picture inside (MPO) is to its owner a JPEG.
             file_format = "JPEG" if image.format == "MPO" else str(image.format)
             width, height = image.size
             turn = _orientation(image)
+            extent = (float(width), float(height))
             if draft and file_format == "JPEG":
-                image.draft("RGB", _smallest(width, height, turn, preprocessing))
+                drafted = image.draft("RGB", _smallest(width, height, turn, preprocessing))
+                if drafted is not None:
+                    extent = drafted[1][2:]
         upright = _to_rgb(image)
         if turn in _UPRIGHT:
             upright = upright.transpose(_UPRIGHT[turn])
+        frame = _frame(upright, *extent, turn)
         crop = geometry(*((height, width) if turn in _SIDEWAYS else (width, height)), preprocessing)
-        square = _sample(upright, crop.box(*upright.size, preprocessing.image_size), preprocessing)
+        square = _sample(upright, frame, crop, preprocessing)
     return Picture(file_format, width, height, patchify(square, preprocessing.patch_size))
 
 
@@ -157,25 +168,43 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _sample(
-    image: Image.Image, box: tuple[float, float, float, float], preprocessing: Preprocessing
-) -> Image.Image:
-    """Crop and resize in one pass: only what the model sees is sampled.
+def _frame(upright: Image.Image, width: float, height: float, turn: int) -> Box:
+    """Return where the picture lies that was decoded as `width` × `height`, before its turn.
 
-    Pillow squeezes an image that is much taller than the result vertically first, which clips a
-    bicubic's overshoot elsewhere than torchvision's whole resize would. Without the rows that no
-    sample reaches, it takes the same order.
+    A JPEG decoded at 1/8 ends with a part of a pixel, which libjpeg fills up: 500 columns are 62.5,
+    and the 63rd is half beyond the edge.
     """
-    left, top, right, bottom = box
-    side = preprocessing.image_size
+    if turn in _SIDEWAYS:
+        width, height = height, width
+    left = upright.width - width if turn in _TO_THE_LEFT else 0.0
+    top = upright.height - height if turn in _TO_THE_TOP else 0.0
+    return left, top, left + width, top + height
+
+
+def _sample(
+    image: Image.Image, frame: Box, crop: Geometry, preprocessing: Preprocessing
+) -> Image.Image:
+    """Crop and resize in one pass: only what the model sees of the picture in `frame` is sampled.
+
+    Pillow squeezes some images vertically first, which clips a bicubic's overshoot elsewhere. Like
+    torchvision's whole resize, a picture is to be squeezed horizontally first unless it is more
+    than twice as tall as wide. Without the rows that no sample reaches it is; and what is taller is
+    resized whole.
+    """
+    side, kernel = preprocessing.image_size, Image.Resampling[preprocessing.interpolation.upper()]
+    x, y, width, height = frame[0], frame[1], frame[2] - frame[0], frame[3] - frame[1]
+    if 2 * width < height <= _MAX_WIDTHS * width and preprocessing.resize == "crop":
+        whole = image.resize(crop.scaled, kernel, box=frame)
+        column, row = crop.offset
+        return whole.crop((column, row, column + side, row + side))
+    box = crop.box(width, height, side)
+    left, top, right, bottom = x + box[0], y + box[1], x + box[2], y + box[3]
     reach = 3 * max(1.0, (bottom - top) / side) + 1  # Lanczos, the widest, looks 3 samples around
     first, last = max(0, int(top - reach)), min(image.height, int(bottom + reach) + 1)
     if last - first < image.height:  # a crop is a copy
         image = image.crop((0, first, image.width, last))
     return image.resize(
-        (side, side),
-        Image.Resampling[preprocessing.interpolation.upper()],
-        box=(left, top - first, right, min(bottom - first, last - first)),
+        (side, side), kernel, box=(left, top - first, right, min(bottom - first, last - first))
     )
 
 

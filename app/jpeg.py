@@ -15,11 +15,13 @@ _MODES = {1: "L", 3: "RGB"}  # by components; four are CMYK, which comes inverte
 # ITU-T T.81, table B.1: baseline, extended and progressive frames, of Huffman codes all.
 _FRAMES = (0xC0, 0xC1, 0xC2)
 _PROGRESSIVE = 0xC2
-_HUFFMAN_TABLES, _START_OF_SCAN, _APP1, _COMMENT = 0xC4, 0xDA, 0xE1, 0xFE
+_HUFFMAN_TABLES, _START_OF_SCAN, _APP1, _APP2, _COMMENT = 0xC4, 0xDA, 0xE1, 0xE2, 0xFE
 # Quantization tables and restart intervals; application data that changes nothing for us. What is
 # left out (a second picture in APP2, say, or an arithmetic coder's tables) is Pillow's to judge.
 _PASSED_OVER = frozenset({0xDB, 0xDD, _HUFFMAN_TABLES, _COMMENT, 0xE0, *range(0xE3, 0xF0)})
 _ICC = b"ICC_PROFILE\x00"
+# Pillow reads these, and refuses shorter ones: JFIF's, a profile's numbers, Adobe's.
+_LEAST_BYTES = {0xE0: 14, _APP2: 14, 0xEE: 12}
 # A header has some ten segments; one of hundreds is not of the usual kind.
 _MAX_SEGMENTS = 64
 
@@ -33,14 +35,17 @@ class Header(NamedTuple):
     orientation: int  # EXIF's, 1 if there is none
     has_one_scan: bool  # libjpeg decodes no other, whatever follows
 
-    def decode(self, data: bytes, smallest: tuple[int, int]) -> Image.Image:
-        """Return the picture at the least of libjpeg's scales that is not below `smallest`.
+    def scale(self, smallest: tuple[int, int]) -> int:
+        """Return the divisor of libjpeg's least scale that is not below `smallest`."""
+        room = min(self.width // smallest[0], self.height // smallest[1])
+        return next(scale for scale in (8, 4, 2, 1) if scale <= max(room, 1))
+
+    def decode(self, data: bytes, scale: int) -> Image.Image:
+        """Return the picture at 1 / `scale`, its last pixels filled up.
 
         Raises:
             ValueError: the file is cut off or broken.
         """
-        room = min(self.width // smallest[0], self.height // smallest[1])
-        scale = next(scale for scale in (8, 4, 2, 1) if scale <= max(room, 1))
         size = -(-self.width // scale), -(-self.height // scale)
         mode = _MODES[self.components]
         # Its arguments are those of Pillow's own plugin: no color space but the file's, the scale.
@@ -71,7 +76,9 @@ def read_header(data: bytes) -> Header | None:
             if not frame or not body:
                 return None
             return _header(frame, exif, not is_progressive and body[0] == frame[5])
-        elif marker not in _PASSED_OVER and not (marker == 0xE2 and body.startswith(_ICC)):
+        elif len(body) < _LEAST_BYTES.get(marker, 0) or not (
+            marker in _PASSED_OVER or (marker == _APP2 and body.startswith(_ICC))
+        ):
             return None
         position = end
     return None

@@ -62,20 +62,24 @@ class LatencyTable:
 
     def service_s(self, images: int) -> float:
         """Return the seconds that `images` take on an idle service."""
-        return self._decode_s * (1 + images / self._decode_threads) + self.inference_s(images)
+        return self._decoding_s(images) + self.inference_s(images)
 
     def stay_calm(self) -> None:
         """Keep what is known now as what an idle service can do."""
         self._calm = copy(self)
 
     def could_do(self, images: int, seconds: float) -> bool:
-        """Return whether a service that has rested may manage what it lately could not.
+        """Return whether an idle service may manage what by its last measurements it could not.
 
-        Requests that are refused measure nothing: after slow pictures, or a slow spell of the
-        engine, those in a hurry would else be refused for ever.
+        What the last pictures took to decode says little about the next one. And requests that are
+        refused measure nothing: after a slow spell of the engine, those in a hurry would else be
+        refused for ever.
         """
+        if self._calm is None:
+            return False
         has_rested = time.monotonic() - self._observed > RESTED_S
-        return has_rested and self._calm is not None and self._calm.service_s(images) <= seconds
+        engine = self._calm if has_rested else self
+        return self._calm._decoding_s(images) + engine.inference_s(images) <= seconds
 
     def wait_s(self, pending: int) -> float:
         """Return the seconds until `pending` images, all admitted before, are answered.
@@ -98,6 +102,10 @@ class LatencyTable:
         """Return the seconds that `images` take in the engine alone, in full batches."""
         full, rest = divmod(images, self._max_batch)
         return full * self._seconds[self._max_batch] + self._seconds[rest]
+
+    def _decoding_s(self, images: int) -> float:
+        """Return the seconds that `images` take to decode on an idle service."""
+        return self._decode_s * (1 + images / self._decode_threads)
 
 
 def _follow(known: float, seconds: float) -> float:

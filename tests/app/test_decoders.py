@@ -150,9 +150,29 @@ def test_memory_is_limited() -> None:
     with pytest.raises(CorruptImage):
         one.decode(wide)
     assert one.decode(make_image()).format == "PNG"
-    peak_kib = int(Path(f"/proc/{one.pid}/status").read_text().partition("VmHWM:")[2].split()[0])
-    assert peak_kib < 600_000
+    assert kib(one, "VmHWM") < 600_000
     one.close()
+
+
+@pytest.mark.parametrize("photos_before", [0, 20])
+def test_memory_comes_back(photos_before: int) -> None:
+    """What a large picture has taken is given back once it is answered."""
+    one = Decoder(TASK.model_copy(update={"max_pixels": 50_000_000}))
+    large = encode(Image.new("RGBA", (6000, 6000)), "PNG")
+    photo = encode(Image.new("RGB", (640, 480)), "JPEG")
+    for _ in range(1 + photos_before):
+        one.decode(photo)
+    before = kib(one, "VmRSS")
+    one.decode(large)
+    assert kib(one, "VmHWM") > before + 250_000
+    assert kib(one, "VmRSS") < before + 32_000
+    one.close()
+
+
+def kib(one: Decoder, field: str) -> int:
+    """Return a field of a decoder's /proc/PID/status."""
+    status = Path(f"/proc/{one.pid}/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0])
 
 
 def png_of_profiles(count: int) -> bytes:

@@ -42,6 +42,24 @@ def test_each_kind(whole: bytes) -> None:
     _same_both_ways(whole, as_is(16))
 
 
+@pytest.mark.parametrize(
+    "segment",
+    [
+        b"\xe0JFIF",
+        b"\xe0JFIF\0\1\1",
+        b"\xe2ICC_PROFILE\0",
+        b"\xe2ICC_PROFILE\0\1",
+        b"\xeeAdobe",
+        b"\xee",
+    ],
+)
+def test_short_segments(segment: bytes) -> None:
+    """Application data that Pillow finds too short is as corrupt past its reading."""
+    size = (len(segment) + 1).to_bytes(2, "big")
+    plain = JPEGS[0]
+    _same_both_ways(plain[:2] + b"\xff" + segment[:1] + size + segment[1:] + plain[2:], as_is(16))
+
+
 @given(
     whole=st.sampled_from(JPEGS),
     edits=st.lists(st.tuples(st.integers(0, 800), st.binary(max_size=3), st.integers(0, 3))),

@@ -28,3 +28,18 @@ def test_between_what_was_measured(measured: list[tuple[int, float]]) -> None:
 
     found = [table.inference_s(images) for images in range(MAX_BATCH + 1)]
     assert found == pytest.approx(line.tolist())
+
+
+def test_slow_pictures_are_not_the_next_ones_fault() -> None:
+    """After slow pictures an idle service could still do a usual one; with a slow engine not."""
+    table = LatencyTable(MAX_BATCH, decode_threads=1)
+    table.observe_decode(0.002)
+    table.observe_batch(1, 0.002)
+    table.stay_calm()
+    for _ in range(20):
+        table.observe_decode(1.0)
+    assert table.service_s(1) > 1
+    assert table.could_do(1, 0.1)
+    for _ in range(20):
+        table.observe_batch(1, 1.0)
+    assert not table.could_do(1, 0.1)
