@@ -180,6 +180,9 @@ def read_settings(
             values[name], shown[name] = value, f"{variable}={value}"
     for name, value in vars(_parser().parse_args(arguments)).items():
         values[name], shown[name] = value, f"{_flag(name)} {value}"
+    for name, value in values.items():
+        if not value and _allowed(Settings.model_fields[name]) == "a path":  # it would be "."
+            raise StartupError(f"{shown[name]}: it must be a path")
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:

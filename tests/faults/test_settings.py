@@ -38,6 +38,8 @@ BAD = [
     ("LOG_LEVEL", "loud", "one of debug, info, warning, error"),
     ("MAX_BATCHES", "8", "no such setting"),
     ("MODEL", "/nowhere/model.onnx", "no such file"),
+    ("MODEL", "", "a path"),
+    ("API_KEYS_FILE", "", "a path"),
     ("API_KEYS_FILE", "/nowhere/keys", "No such file"),
     ("CORS_ORIGINS", "shop.example", "origins"),
     ("CORS_ORIGINS", "https://*.shop.example", "origins"),
