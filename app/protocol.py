@@ -223,11 +223,16 @@ class BoundedProtocol(HttpToolsProtocol):
             if name in (b"content-length", b"transfer-encoding")
         ]
 
-        def end() -> None:
-            self._end_message()
-            self._deaf = True
+        def take(body: bytes) -> None:
+            if not self._deaf:  # what follows in the same read is the next request's
+                self.on_body(body)
 
-        reader = SimpleNamespace(on_body=self.on_body, on_message_complete=end)
+        def end() -> None:
+            if not self._deaf:
+                self._end_message()
+                self._deaf = True
+
+        reader = SimpleNamespace(on_body=take, on_message_complete=end)
         self.parser = httptools.HttpRequestParser(reader)
         self._parse(b"".join((b"POST / HTTP/1.1\r\n", *framing, b"\r\n", rest)))
 
@@ -397,7 +402,6 @@ class BoundedProtocol(HttpToolsProtocol):
             # What came in order is answered: a second answer would be read as a part of the first.
             if self._in_headers or self.pipeline:
                 if not self._in_headers:  # the last one's own body has gone wrong
-                    self.pipeline.popleft()
                     self.cycle = self._before
                 self.cycle.keep_alive = False
                 self._deaf = True

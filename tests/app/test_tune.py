@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from app import tune
+from app.curve import Point, draw
 from app.settings import EMBEDDED_MODEL, read_settings
-from app.tune import Point, draw, recommend
+from app.tune import recommend
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -49,6 +50,7 @@ def test_missing_model_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
+        (["--no\npe"], "unrecognized arguments: --no pe;"),
         (["--max-batch", "0"], "'0' is not a number from 1 to 4096"),
         (["--max-batch", "two"], "'two' is not a number from 1 to 4096"),
         (["--latency-ms", "nan"], "'nan' is not a number from 0.001 to 600000"),

@@ -1,5 +1,6 @@
 """Promise 11, in pieces: how the network cuts a request changes nothing about what it says."""
 
+import base64
 import time
 from collections.abc import Sequence
 
@@ -54,6 +55,14 @@ def test_offer_of_another_protocol(fake: Start, request_: bytes) -> None:
         assert statuses(send(server, [request_ + get("/livez")])) == [200]
 
 
+def test_what_follows_an_offer_is_no_body(fake: Start) -> None:
+    """The request that makes an offer is the connection's last; the next one's body is not its."""
+    document = b'{"image": "%b"}' % base64.b64encode(IMAGE)
+    offer = post(document, Content_Type="application/json", **OFFER)
+    with fake() as server:
+        assert statuses(send(server, [offer + post(b"no JSON")])) == [200]
+
+
 def test_bodies_are_no_heads(fake: Start) -> None:
     """Nothing inside a body is read as a header, or as a request, wherever the head is cut."""
     smuggled = get("/model")
@@ -104,3 +113,9 @@ def test_headers_mean_the_same(fake: Start) -> None:
             answer = send(server, pieces)
             assert statuses(answer) == [200]
             assert b"x-request-id: no\r\n" not in answer
+        closing = post(IMAGE, Proxy_Connection="close")  # an old name of Connection
+        for pieces in ([closing], [closing[:40], closing[40:]]):
+            assert b"connection: close" in send(server, pieces).lower()
+        for path in (b"/classify", b"/classify?detour"):
+            odd = b"POST %b HTTP/1.1\r\nContent-Type: \xa0application/json\r\n" % path
+            assert statuses(send(server, [odd + b"Content-Length: 2\r\n\r\n{}"])) == [415]

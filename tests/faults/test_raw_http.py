@@ -162,7 +162,7 @@ def test_many_pipelined_requests(fake: Start, figure: Figure) -> None:
         ),
         (b"POST /classify HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
         (b"GET /livez HTTP/1.1\r\nTransfer-Encoding: identity\r\n\r\n", 400),
-        (b"POST /classify HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 400),
+        (b"GET /livez HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 400),
         (b"POST /classify HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n", 400),
         (b"POST /explain HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\naa\r\n", 400),
         (b"CONNECT test:443 HTTP/1.1\r\nHost: test\r\n\r\n", 400),
