@@ -59,10 +59,10 @@ def open_session(
     onnxruntime.set_default_logger_severity(4)  # what fails below reaches the operator as one line
     # Without this a node that the GPU cannot run, or all of them, would land silently on the CPU.
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         providers = [(CUDA, cuda_options(gpu))]
         if gpu.tensorrt:
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
             providers.insert(0, (TENSORRT, tensorrt_options(gpu, _input_shape(path), max_batch)))
         # Without the last word Python would try again with other providers, and print so.
         session = onnxruntime.InferenceSession(
@@ -73,11 +73,8 @@ def open_session(
         raise GpuMissing(f"it cannot run {path} there ({reason})") from error
     if session.get_providers()[0] != wanted:
         raise GpuMissing(f"onnxruntime fell back to {session.get_providers()[0]}")
-    left = nodes_elsewhere(session, wanted)
-    if left:
-        raise GpuMissing(
-            f"{wanted.removesuffix('ExecutionProvider')} does not take its {', '.join(left)}"
-        )
+    if gpu.tensorrt and (left := nodes_elsewhere(session, wanted)):
+        raise GpuMissing(f"TensorRT does not take its {', '.join(left)}: use --device cuda")
     return session, wanted
 
 
@@ -153,7 +150,8 @@ def pinned(shape: tuple[int, ...]) -> NDArray[np.uint8]:
         StartupError: CUDA refuses.
     """
     runtime = ctypes.CDLL(f"libcudart.so.{_cuda_major()}")
-    buffer = np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8)
+    pages = mmap.mmap(-1, math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer = np.frombuffer(pages, np.uint8)
     address = ctypes.c_void_p(buffer.ctypes.data)
     status = runtime.cudaHostRegister(address, ctypes.c_size_t(buffer.nbytes), ctypes.c_uint(0))
     if status:
