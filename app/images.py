@@ -13,6 +13,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from app.cost import Upload, check_cost, check_pixels, check_scans, check_webp_canvas
 from app.errors import CorruptImage, Problem, TooManyPixels, UnsupportedFormat
+from app.geometry import SIDEWAYS, Box, Geometry, frame_of, geometry
 from app.jpeg import read_header
 from app.model_card import Preprocessing
 
@@ -30,13 +31,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIDEWAYS = (5, 6, 7, 8)
-# The turns that bring the stored picture's last columns, or rows, to the left or to the top.
-_TO_THE_LEFT = (2, 3, 6, 7)
-_TO_THE_TOP = (3, 4, 7, 8)
 # Taller than this many widths, a whole resize would make more rows than it is worth.
 _MAX_WIDTHS = 8
-Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,43 +43,6 @@ class Picture:
     width: int  # as stored, before the EXIF turn
     height: int
     patches: NDArray[np.uint8]  # [tokens, P·P·3]
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """Where an upright image of a given size is sampled from."""
-
-    scaled: tuple[int, int]  # size of the whole image at the scale of the model's input
-    offset: tuple[int, int]  # left, top of the crop at that scale
-
-    def box(self, width: float, height: float, side: int) -> Box:
-        """Return the crop in the coordinates of an image stored as `width` × `height`."""
-        x_step, y_step = width / self.scaled[0], height / self.scaled[1]
-        left, top = self.offset
-        return (
-            left * x_step,
-            top * y_step,
-            min((left + side) * x_step, width),
-            min((top + side) * y_step, height),
-        )
-
-
-def geometry(width: int, height: int, preprocessing: Preprocessing) -> Geometry:
-    """Return the resize and crop that timm (torchvision Resize, CenterCrop) would do.
-
-    crop: short side to floor(image_size / crop_fraction), long side truncated, centre crop rounded
-    half to even. squash: both sides to image_size.
-    """
-    side = preprocessing.image_size
-    if preprocessing.resize == "squash":
-        return Geometry((side, side), (0, 0))
-    short = int(side / preprocessing.crop_fraction)
-    scaled = (
-        (short, int(short * height / width))
-        if width <= height
-        else (int(short * width / height), short)
-    )
-    return Geometry(scaled, (round((scaled[0] - side) / 2), round((scaled[1] - side) / 2)))
 
 
 def decode(
@@ -122,8 +81,8 @@ def decode(
         upright = _to_rgb(image)
         if turn in _UPRIGHT:
             upright = upright.transpose(_UPRIGHT[turn])
-        frame = _frame(upright, *extent, turn)
-        crop = geometry(*((height, width) if turn in _SIDEWAYS else (width, height)), preprocessing)
+        frame = frame_of(upright.size, extent, turn)
+        crop = geometry(*((height, width) if turn in SIDEWAYS else (width, height)), preprocessing)
         square = _sample(upright, frame, crop, preprocessing)
     return Picture(file_format, width, height, patchify(square, preprocessing.patch_size))
 
@@ -156,7 +115,7 @@ def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
 
 def _smallest(width: int, height: int, turn: int, preprocessing: Preprocessing) -> tuple[int, int]:
     """Return the size, as stored, below which libjpeg must not scale: that of the resize."""
-    if turn in _SIDEWAYS:
+    if turn in SIDEWAYS:
         return geometry(height, width, preprocessing).scaled[::-1]
     return geometry(width, height, preprocessing).scaled
 
@@ -166,19 +125,6 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # any parser's error: a picture with broken EXIF still shows
         return 1
-
-
-def _frame(upright: Image.Image, width: float, height: float, turn: int) -> Box:
-    """Return where the picture lies that was decoded as `width` × `height`, before its turn.
-
-    A JPEG decoded at 1/8 ends with a part of a pixel, which libjpeg fills up: 500 columns are 62.5,
-    and the 63rd is half beyond the edge.
-    """
-    if turn in _SIDEWAYS:
-        width, height = height, width
-    left = upright.width - width if turn in _TO_THE_LEFT else 0.0
-    top = upright.height - height if turn in _TO_THE_TOP else 0.0
-    return left, top, left + width, top + height
 
 
 def _sample(

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 
 from app.errors import CorruptImage, Problem, TooManyPixels, UnsupportedFormat
-from app.images import decode, geometry, patchify
+from app.geometry import geometry
+from app.images import decode, patchify
 from app.model_card import Preprocessing
 from tests.fakes import encode
 
