@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 from tests.benchmarks.peers import Server
 from tests.benchmarks.processes import ROOT, BenchmarkError, Running, running
@@ -85,7 +86,7 @@ def _load(
     with tempfile.TemporaryDirectory() as folder:
         asked, told = Path(folder) / "job.json", Path(folder) / "result.json"
         asked.write_text(json.dumps(job))
-        before = target.cpu_s()
+        before, batches_before = target.cpu_s(), _batches(server, target)
         done = subprocess.run(
             [sys.executable, "-m", "tests.benchmarks.load", str(asked), str(told)],
             cwd=ROOT,
@@ -96,7 +97,20 @@ def _load(
         cpu_s = target.cpu_s() - before
         if done.returncode:
             raise BenchmarkError(f"the load on {server.name} failed: {done.stderr.strip()[-300:]}")
-        return summary(json.loads(told.read_text()), cpu_s)
+        images, batches = (
+            now - then for now, then in zip(_batches(server, target), batches_before, strict=True)
+        )
+        figures = summary(json.loads(told.read_text()), cpu_s)
+        return {**figures, "mean_batch": images / batches} if batches else figures
+
+
+def _batches(server: Server, target: Running) -> tuple[float, float]:
+    """Return how many images and batches a server has inferred, as far as it tells."""
+    if not server.metrics_path:
+        return 0.0, 0.0
+    with urlopen(f"http://127.0.0.1:{target.port}{server.metrics_path}") as answer:
+        told = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines())
+    return float(told["mixer_batch_images_sum"]), float(told["mixer_batch_images_count"])
 
 
 def summary(result: Figures, cpu_s: float) -> Figures:

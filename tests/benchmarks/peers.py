@@ -21,6 +21,7 @@ class Server:
     content_type: str
     body: Callable[[bytes], bytes] = bytes  # from a JPEG to what the server wants
     more_headers: str = ""
+    metrics_path: str = ""  # where it tells of its batches, in Prometheus' words
 
     def head(self, port: int) -> str:
         """Return a request's line and headers; the body's {length} is filled in by the load."""
@@ -74,6 +75,7 @@ OURS = Server(
     "{bin}/python -m app.serve --max-batch {batch} --threads {threads} " + _SERVE_FLAGS,
     "/classify",
     "image/jpeg",
+    metrics_path="/metrics",
 )
 # The same environment; its engine is a stand-in.
 FRONT_END = replace(OURS, command=f"{_MODULE}.fixed_latency {_SERVE_FLAGS}")

@@ -49,7 +49,7 @@ class Rounds:
         self._plan = plan
         self._photos = load_photos(plan.photos)
         visits = plan.rounds * len(plan.servers)
-        steps = len(plan.servers) + len(plan.models) * (1 + visits) + visits + plan.rounds
+        steps = len(plan.servers) + visits + len(plan.models) * (1 + visits + plan.rounds)
         self._bar = tqdm(total=steps, unit="visit", disable=None)
 
     def run(self) -> Figures:
@@ -74,14 +74,14 @@ class Rounds:
                 measured[name] = self._closed(name, replace(bench, long_seconds=seconds), bare)
                 # An hour's figures, should a server break in what follows.
                 (FOLDER / "closed.json").write_text(json.dumps(measured, indent=1))
-            bench = self._bench(environments, bodies, plan.models[0])
+            benches = {name: self._bench(environments, bodies, name) for name in plan.models}
             found = measured[plan.models[0]]["servers"].values()
             fastest = max(figures["closed"]["16"]["per_s"] for figures in found)
             return {
                 "conditions": self._conditions(),
                 "installed_bytes": {n: installed_bytes(e) for n, e in environments.items()},
                 "models": measured,
-                **self._open(bench, [round(share * fastest) for share in plan.rates]),
+                **self._open(benches, [round(share * fastest) for share in plan.rates]),
             }
 
     def _closed(self, name: str, bench: Bench, before: Figures) -> Figures:
@@ -94,19 +94,21 @@ class Rounds:
             bare.append(self._bare(bench))
         return {"bare": median(bare), "servers": {n: median(v) for n, v in visits.items()}}
 
-    def _open(self, bench: Bench, rates: list[float]) -> Figures:
+    def _open(self, benches: dict[str, Bench], rates: list[float]) -> Figures:
+        first, *_ = benches.values()
         visits: dict[str, list[Figures]] = {server.name: [] for server in self._plan.servers}
-        ends: list[Figures] = []
+        ends: dict[str, list[Figures]] = {name: [] for name in benches}
         for number in range(self._plan.rounds):
             for server in self._in_turn(number):
                 self._step(f"open loop: {server.name}, round {number + 1}")
-                visits[server.name].append(open_loops(bench, server, rates))
-            self._step(f"front end, round {number + 1}")
-            if OURS in self._plan.servers:
-                ends.append(self._front_end(bench))
+                visits[server.name].append(open_loops(first, server, rates))
+            for name, bench in benches.items():
+                self._step(f"front end: {name}, round {number + 1}")
+                if OURS in self._plan.servers:
+                    ends[name].append(self._front_end(bench))
         return {
             "open": {name: median(found) for name, found in visits.items()},
-            "front_end": median(ends) if ends else {},
+            "front_end": {name: median(found) for name, found in ends.items() if found},
         }
 
     def _front_end(self, bench: Bench) -> Figures:
