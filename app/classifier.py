@@ -8,14 +8,19 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from app.admission import Admission
-from app.batcher import FAILURES_UNTIL_NOT_LIVE, FAILURES_UNTIL_NOT_READY, Batcher
+from app.batcher import (
+    FAILURES_UNTIL_NOT_LIVE,
+    FAILURES_UNTIL_NOT_READY,
+    PROBE_PERIOD_S,
+    Batcher,
+)
 from app.cpus import give_way
 from app.decoder import Task
 from app.decoders import Decoders
@@ -73,13 +78,17 @@ class Classifier:
 
     @property
     def is_ready(self) -> bool:
-        """Return whether the engine works: a balancer may send requests."""
-        return self._batcher.failures < FAILURES_UNTIL_NOT_READY
+        """Return whether engine and decoders work: a balancer may send requests."""
+        return self._failures < FAILURES_UNTIL_NOT_READY
 
     @property
     def is_live(self) -> bool:
-        """Return whether the engine may still recover; if not, replace the process."""
-        return self._batcher.failures < FAILURES_UNTIL_NOT_LIVE
+        """Return whether they may still recover; if not, replace the process."""
+        return self._failures < FAILURES_UNTIL_NOT_LIVE
+
+    @property
+    def _failures(self) -> int:
+        return max(self._batcher.failures, self._decoders.failures)
 
     async def classify(
         self, uploads: Sequence[bytes], deadline: float
@@ -171,12 +180,21 @@ class Classifier:
     def _serve(self) -> None:
         """Do what comes until the mark of the end does."""
         give_way()
-        while (work := self._work.get()) is not None:
+        while (work := self._next()) is not None:
             try:
                 work()
             except Exception:  # else the thread would end, and its decoder never be used again
                 logger.exception("a bug beside a decoder")
         self._work.put(None)  # for the next thread
+
+    def _next(self) -> Callable[[], object] | None:
+        """Wait for work; meanwhile look for decoders, if there were none too often to get any."""
+        while self._decoders.failures >= FAILURES_UNTIL_NOT_READY:
+            try:
+                return self._work.get(timeout=PROBE_PERIOD_S)
+            except Empty:
+                self._decoders.probe()
+        return self._work.get()
 
     def _decode(self, entry: Entry) -> None:
         """Have one upload decoded, and queue it; runs in a thread that waits for decoders."""

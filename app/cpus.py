@@ -16,7 +16,8 @@ def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     `os.cpu_count()` would say 64 in a container that is throttled to 2, and 64 threads would then
     spend their time waiting for each other.
     """
-    cpus = len(os.sched_getaffinity(0))
+    # macOS has no affinity.
+    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     try:
         quota, period = (cgroup / "cpu.max").read_text().split()
     except (OSError, ValueError):

@@ -54,6 +54,9 @@ def main() -> None:
     # terminal and a signal to the whole group are for the service alone.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    # The limit of CPU time is to end a decoder, whatever the service was started with.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel takes care of those that end
     # Pillow warns of odd metadata and large pictures; that is the client's matter, not the log's.
     warnings.filterwarnings("ignore", module="PIL")

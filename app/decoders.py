@@ -4,23 +4,30 @@ A thread that decodes holds the GIL for an eighth of its time, and may lose its 
 hand: under overload the event loop then waits for milliseconds, and on many cores everybody does.
 """
 
-import atexit
+import io
 import logging
 import os
+import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
-from functools import cache
-from pathlib import Path
+from contextlib import closing, suppress
 from queue import SimpleQueue
 
 import numpy as np
+from PIL import Image
 
 from app.decoder import ANSWER, BUG, MAX_CPU_S, PROBLEM, SIZE, Refusal, Task, receive, send
-from app.errors import CorruptImage, DecoderLost, Problem, TooManyPixels, UnsupportedFormat
+from app.errors import (
+    CorruptImage,
+    DecoderLost,
+    Problem,
+    StartupError,
+    TooManyPixels,
+    UnsupportedFormat,
+)
 from app.images import FORMATS, Picture
+from app.model_card import Preprocessing
+from app.nursery import nursery
 
 logger = logging.getLogger(__name__)
 
@@ -28,20 +35,10 @@ logger = logging.getLogger(__name__)
 _PROBLEMS: dict[str, type[Problem]] = {
     kind.__name__: kind for kind in (CorruptImage, TooManyPixels, UnsupportedFormat)
 }
-# An upload of the usual size then goes with one call, without waiting for the decoder to read.
-_BUFFER_BYTES = 1 << 20
-_ENVIRONMENT = {
-    # Pillow keeps as many blocks of up to this size for the next picture. Memory fresh from the
-    # system is zeroed page by page, which is a tenth of decoding a photo.
-    "PILLOW_BLOCKS_MAX": "2",
-    "PILLOW_BLOCK_SIZE": "4m",
-    # Likewise the C library (mallopt(3)). Pillow's blocks of large pictures must not come from its
-    # heap: anything small that lies behind them would keep them for good.
-    "MALLOC_MMAP_THRESHOLD_": str(2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(8 * 2**20),
-    # numpy's threads would be there for nothing, and a process with threads cannot be forked well.
-    "OPENBLAS_NUM_THREADS": "1",
-}
+
+
+class NoDecoder(DecoderLost):
+    """No process that decodes can be had; an upload is still to be decoded."""
 
 
 class Decoders:
@@ -49,6 +46,7 @@ class Decoders:
 
     def __init__(self, count: int, task: Task) -> None:
         """Start them; the first in a process takes half a second, all others milliseconds."""
+        self.failures = 0  # uploads and probes in a row for which there was no process
         self._free: SimpleQueue[Decoder] = SimpleQueue()
         self._all = [Decoder(task) for _ in range(count)]
         for decoder in self._all:
@@ -60,11 +58,32 @@ class Decoders:
         Raises:
             UnsupportedFormat, TooManyPixels, CorruptImage: as `images.decode`; the last also for
                 what takes longer than decoder.MAX_CPU_S.
-            DecoderLost: the process ended; the next upload gets another one.
+            DecoderLost: the process ended, and the next upload gets another one; or there is none.
         """
+        for _ in self._all:  # one that could not be replaced leaves the work to others
+            decoder = self._free.get()
+            try:
+                picture = decoder.decode(upload)
+            except NoDecoder as error:
+                logger.error("%s", error.detail)  # noqa: TRY400 - the place in our code says nothing
+                continue
+            finally:
+                self._free.put(decoder)
+            self.failures = 0
+            return picture
+        self.failures += 1
+        raise DecoderLost("There is no process that could decode the image.")
+
+    def probe(self) -> None:
+        """See whether processes can be had again, while no upload comes that would tell."""
         decoder = self._free.get()
         try:
-            return decoder.decode(upload)
+            decoder.connect()
+        except NoDecoder as error:
+            logger.error("%s", error.detail)  # noqa: TRY400 - see above
+            self.failures += 1
+        else:
+            self.failures = 0
         finally:
             self._free.put(decoder)
 
@@ -82,22 +101,29 @@ class Decoder:
         preprocessing = task.preprocessing
         patch_bytes = preprocessing.tokens * preprocessing.patch_bytes
         self._usual_bytes = SIZE.size + ANSWER.size + patch_bytes
-        self._connect()
+        self._link = socket.socket()  # to nobody
+        self.connect()
 
     def decode(self, upload: bytes) -> Picture:
-        """Send an upload, wait for its picture; raises what Decoders.decode does."""
+        """Send an upload, wait for its picture.
+
+        Raises:
+            NoDecoder: the process has ended, and no other can be had.
+            UnsupportedFormat, TooManyPixels, CorruptImage, DecoderLost: as Decoders.decode.
+        """
         for _ in range(2):
             try:
                 answer, took_s = self._ask(upload)
                 break
             except OSError as error:  # it had not even read the upload, which is not to blame
                 logger.error("decoder %d has ended (%s); another comes", self.pid, error)  # noqa: TRY400 - the place in our code says nothing
-                self._replace()
+                self.connect()
         else:
             raise DecoderLost("No process could take the upload.")
         if answer is None:
             pid = self.pid
-            self._replace()
+            with suppress(NoDecoder):  # the next upload's matter
+                self.connect()
             if took_s >= MAX_CPU_S:  # its own limit; a crash seldom comes so late
                 logger.warning("decoder %d was stopped after %.1f s over one image", pid, took_s)
                 raise CorruptImage("The image takes too long to decode.")
@@ -138,62 +164,46 @@ class Decoder:
                 answer += piece
                 if len(answer) >= SIZE.size:
                     missing = SIZE.size + SIZE.unpack_from(answer)[0] - len(answer)
+        except BlockingIOError:  # it is stopped, or waits for a disk that is gone
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            return None, 0.0
         except MemoryError:
             self.close()  # what is still to come would be taken for the next upload's answer
             raise
         return answer, time.monotonic() - start
 
-    def _replace(self) -> None:
+    def connect(self) -> None:
+        """Get another process.
+
+        Raises:
+            NoDecoder: none can be had.
+        """
         self.close()
-        self._connect()
-
-    def _connect(self) -> None:
-        self._link = nursery().new_link()
-        hello = receive(self._link)
-        if hello is None:
-            raise DecoderLost("A process that decodes has ended as it began.")
-        self.pid = int(hello)
-        send(self._link, self._task.model_dump_json().encode())
-
-
-class Nursery:
-    """The process that forks decoders, one for all that this process will ever need."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._start()
-        atexit.register(self._end)
-
-    def new_link(self) -> socket.socket:
-        """Return the socket to a new decoder."""
-        ours, theirs = socket.socketpair()
-        for end in (ours, theirs):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
-        with self._lock, theirs:
-            if self._process.poll() is not None:
-                self._control.close()
-                self._start()
-            socket.send_fds(self._control, [b"1"], [theirs.fileno()])
-        return ours
-
-    def _start(self) -> None:
-        self._control, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(  # noqa: S603 - our own module, by our own interpreter
-                [sys.executable, "-m", "app.decoder", str(theirs.fileno())],
-                cwd=Path(__file__).parent.parent,  # where the package is, installed or not
-                env={**os.environ, **_ENVIRONMENT},
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-            )
-
-    def _end(self) -> None:
-        self._control.close()
-        self._process.kill()  # it holds nothing that could be lost
-        self._process.wait()
+        try:
+            self._link = nursery().new_link()
+            hello = receive(self._link)
+            if hello is None:
+                self.close()
+                raise NoDecoder("A process that decodes has ended as it began.")
+            self.pid = int(hello)
+            send(self._link, self._task.model_dump_json().encode())
+        except OSError as error:
+            self.close()
+            raise NoDecoder(f"No process that decodes can be started: {error}") from None
 
 
-@cache
-def nursery() -> Nursery:
-    """Return this process's nursery; the first call starts it, and it takes half a second."""
-    return Nursery()
+def check_decoder(preprocessing: Preprocessing) -> None:
+    """Decode a picture as uploads are.
+
+    Raises:
+        StartupError: no process can do it here.
+    """
+    sample = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(sample, "JPEG")
+    try:
+        with closing(Decoder(Task(preprocessing=preprocessing, max_pixels=64 * 64))) as decoder:
+            decoder.decode(sample.getvalue())
+    except (Problem, RuntimeError) as error:
+        reason = error.detail if isinstance(error, Problem) else str(error)
+        raise StartupError(f"images cannot be decoded here: {reason}") from error

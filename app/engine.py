@@ -201,9 +201,11 @@ def _runtime() -> ModuleType:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise StartupError(
             "onnxruntime is not installed: pip install 'mixer-serve[cpu]' or 'mixer-serve[gpu]'"
         ) from error
+    except ImportError as error:  # no memory left for it, or a library of the system is missing
+        raise StartupError(f"onnxruntime cannot be loaded: {_first_line(error)}") from error
     module: ModuleType = onnxruntime
     return module

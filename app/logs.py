@@ -4,7 +4,10 @@ Both carry the request's ID on every line that was written on behalf of a reques
 """
 
 import logging
+import os
+import select
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from functools import lru_cache
@@ -16,12 +19,49 @@ from app.trace import current
 
 LogFormat = Literal["auto", "json", "text"]
 _LEVELS = {logging.INFO: "info", logging.ERROR: "error"}  # of requests
+# What a pipe that is ready takes at once (POSIX, PIPE_BUF: Linux's).
+_PIECE_BYTES = 4096
+
+
+class StandardError:
+    """Standard error for what must not depend on it: it never waits and never fails.
+
+    The event loop writes a line for each request. A collector that has stopped reading would stop
+    it, and a full disk every step that comes after a line. What is not taken is lost, and counted.
+    """
+
+    def __init__(self) -> None:
+        self.lost = 0  # lines, or parts of one
+        self._lock = threading.RLock()  # a signal's handler logs, too, whatever it came between
+        self._is_cut = False  # the last line has no end
+
+    def write(self, text: str) -> None:
+        """Write one line, if it is taken at once."""
+        data = text.encode("utf-8", "backslashreplace")
+        with self._lock:
+            try:
+                descriptor = sys.stderr.fileno()
+                if self._is_cut:
+                    data = b"\n" + data
+                while data:
+                    if not select.select((), (descriptor,), (), 0)[1]:
+                        raise BlockingIOError
+                    data = data[os.write(descriptor, data[:_PIECE_BYTES]) :]
+                    self._is_cut = bool(data)
+            except (OSError, ValueError):  # the latter: it is closed
+                self.lost += 1
+
+    def flush(self) -> None:
+        """Do nothing: what is written is out."""
+
+
+STANDARD_ERROR = StandardError()
 
 
 def configure(level: str, log_format: LogFormat) -> None:
     """Send everything of `level` and above to standard error; `auto` is text on a terminal."""
     as_text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(STANDARD_ERROR)
     handler.setFormatter(TextFormatter() if as_text else JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # What no line of ours shows is not looked for: a third of a line's cost (Python's logging

@@ -18,6 +18,7 @@ from app.engine import Engine
 from app.explain import Explainer
 from app.keys import KEY_SCHEMES, ApiKeys
 from app.latency import LatencyTable, warm_up
+from app.logs import STANDARD_ERROR
 from app.metrics import Metrics
 from app.routes import (
     classify,
@@ -52,12 +53,13 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
 
     measures = Metrics()
     spans = exporter()
+    # Before the port is open: who is accepted is answered, and a balancer asks others until then.
+    latency = LatencyTable(settings.max_batch, settings.decode_threads)
+    warm_up(engine, settings.max_batch, latency)
     measures.show_model(engine.card, engine.provider)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        latency = LatencyTable(settings.max_batch, settings.decode_threads)
-        await asyncio.to_thread(warm_up, engine, settings.max_batch, latency)
         # What is there now stays: to look through it again would stop every thread for 40 ms.
         gc.collect()
         gc.freeze()
@@ -77,7 +79,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
             logger.error("the engine or a decoder is stuck: ending without it")  # noqa: TRY400 - nothing to trace
             os._exit(1)
         if spans is not None:
-            await asyncio.to_thread(spans.close)
+            await asyncio.to_thread(spans.close, CLOSE_S)
 
     app = FastAPI(
         title="Mixer Serve",
@@ -137,6 +139,7 @@ def _show_states(metrics: Metrics, app: FastAPI) -> None:
         ("requests_in_flight", "Requests being served", lambda: service().admission.requests),
         ("body_bytes_in_flight", "Bytes of bodies held", lambda: service().admission.body_bytes),
         ("queue_depth", "Images admitted, not yet answered", lambda: service().admission.images),
+        ("log_lines_lost", "Lines that standard error did not take", lambda: STANDARD_ERROR.lost),
         ("ready", "1 while a balancer may send requests", lambda: service().is_ready),
     ):
         metrics.show_state(name, text, read)

@@ -22,12 +22,13 @@ from fastapi import FastAPI
 from app import tune
 from app.cpus import give_way
 from app.cuda import GpuOptions
-from app.decoders import nursery
+from app.decoders import check_decoder
 from app.engine import OnnxEngine
 from app.errors import StartupError
 from app.keys import ApiKeys
 from app.logs import configure
 from app.main import create_app
+from app.nursery import nursery
 from app.protocol import bounded
 from app.settings import Settings, read_settings
 
@@ -60,10 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if settings.api_keys_file is not None:
             ApiKeys(settings.api_keys_file)  # refused now, if at all, and not after the model
+        _end_when_told()
         listener = _bind(settings)
         nursery()  # it loads what decoders need while the model is loaded here
-        _allow_descriptors(settings)
+        settings = _allow_descriptors(settings)
         engine = _open(settings)
+        check_decoder(engine.card.preprocessing)
         app = create_app(settings, engine)
         _listen(listener, settings)
     except StartupError as error:
@@ -81,6 +84,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     DrainingServer(app, settings).run(sockets=[listener])
     return 0
+
+
+def _end_when_told() -> None:
+    """End at once on a signal until the server listens to it: there is nothing yet to drain.
+
+    The first process of a container would else not hear of it at all (signal(7), pid_namespaces).
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: os._exit(128 + received))
 
 
 def _open(settings: Settings) -> OnnxEngine:
@@ -198,25 +210,37 @@ def _cannot_listen(settings: Settings, error: OSError | UnicodeError) -> Startup
     )
 
 
-def _allow_descriptors(settings: Settings) -> None:
-    """Raise the process's own limit of open descriptors to what the connections may need."""
-    if sys.platform == "win32":
-        return
+def _allow_descriptors(settings: Settings) -> Settings:
+    """Raise the process's own limit of open descriptors to what the connections may need.
+
+    Where it cannot be raised so far, there are fewer connections: the settings say how many.
+
+    Raises:
+        StartupError: the limit leaves none.
+    """
     import resource
 
-    wanted = settings.max_connections + SPARE_DESCRIPTORS
+    spare = SPARE_DESCRIPTORS + settings.decode_threads
+    wanted = settings.max_connections + spare
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard <= spare:
+        raise StartupError(
+            f"the container or shell allows {hard} descriptors (ulimit -n): more than {spare} "
+            "are needed"
+        )
     if hard != resource.RLIM_INFINITY and hard < wanted:
         logger.warning(
             "MIXER_MAX_CONNECTIONS=%d: at most %d can be open here, since the container or shell "
             "allows %d descriptors (ulimit -n)",
             settings.max_connections,
-            max(0, hard - SPARE_DESCRIPTORS),
+            hard - spare,
             hard,
         )
+        settings = settings.model_copy(update={"max_connections": hard - spare})
         wanted = hard
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return settings
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ nothing, and the IDs are those of the log and of `traceparent`.
 
 import logging
 import os
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -92,9 +93,17 @@ class Spans:
             own = SpanContext(identity, own_id, is_remote=False, trace_flags=flags)
             hand_over(name, own, context, start, end)
 
-    def close(self) -> None:
-        """Send what is left; blocks for as long as OpenTelemetry's own limits allow."""
-        self._processor.shutdown()
+    def close(self, seconds: float) -> None:
+        """Send what is left; what the collector has not taken after `seconds` is lost.
+
+        OpenTelemetry's own limits allow it half a minute, which no orchestrator waits.
+        """
+        # It may still be at it when the process ends.
+        sending = threading.Thread(target=self._processor.shutdown, daemon=True)
+        sending.start()
+        sending.join(seconds)
+        if sending.is_alive():
+            logger.warning("the last spans are lost: the collector has not taken them")
 
     def _is_sampled(self, trace: Trace, route: str) -> bool:
         if trace.parent is not None:

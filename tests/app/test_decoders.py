@@ -19,10 +19,11 @@ from PIL import Image
 
 from app import decoder
 from app.decoder import Task, receive, send
-from app.decoders import Decoder, Decoders, nursery
+from app.decoders import Decoder, Decoders
 from app.errors import CorruptImage, DecoderLost, Problem, TooManyPixels, UnsupportedFormat
 from app.images import decode
 from app.model_card import Preprocessing
+from app.nursery import nursery
 from tests.fakes import encode, make_image
 from tests.processes import serving
 
@@ -117,7 +118,7 @@ def test_upload_that_no_decoder_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     one = Decoder(TASK)
     with monkeypatch.context() as patch:
         patch.setattr("app.decoders.send", Mock(side_effect=BrokenPipeError))
-        patch.setattr(one, "_replace", Mock())
+        patch.setattr(one, "connect", Mock())
         with pytest.raises(DecoderLost):
             one.decode(make_image())
     assert one.decode(make_image()).format == "PNG"

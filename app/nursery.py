@@ -1,0 +1,83 @@
+"""Where decoders come from: a process that has loaded what decoding needs, and forks one for each.
+
+So a decoder starts within milliseconds, and what all of them have loaded is there once.
+"""
+
+import atexit
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from functools import cache
+from pathlib import Path
+
+# An upload of the usual size then goes with one call, without waiting for the decoder to read.
+_BUFFER_BYTES = 1 << 20
+# The longest honest picture takes two seconds of CPU time; on a crowded machine, far longer.
+STUCK_S = 30
+_PATIENCE = struct.pack("ll", STUCK_S, 0)  # struct timeval
+_ENVIRONMENT = {
+    # Pillow keeps as many blocks of up to this size for the next picture. Memory fresh from the
+    # system is zeroed page by page, which is a tenth of decoding a photo.
+    "PILLOW_BLOCKS_MAX": "2",
+    "PILLOW_BLOCK_SIZE": "4m",
+    # Likewise the C library (mallopt(3)). Pillow's blocks of large pictures must not come from its
+    # heap: anything small that lies behind them would keep them for good.
+    "MALLOC_MMAP_THRESHOLD_": str(2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(8 * 2**20),
+    # numpy's threads would be there for nothing, and a process with threads cannot be forked well.
+    "OPENBLAS_NUM_THREADS": "1",
+}
+
+
+class Nursery:
+    """The process that forks decoders, one for all that this process will ever need."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._start()
+        atexit.register(self._end)
+
+    def new_link(self) -> socket.socket:
+        """Return the socket to a new decoder."""
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            ours.setsockopt(socket.SOL_SOCKET, option, _PATIENCE)
+        with self._lock, theirs:
+            if self._process.poll() is not None:
+                self._control.close()
+                self._start()
+            try:
+                socket.send_fds(self._control, [b"1"], [theirs.fileno()])
+            except OSError:  # it has just ended, together with the decoder that is missed
+                self._end()
+                self._start()
+                socket.send_fds(self._control, [b"1"], [theirs.fileno()])
+        return ours
+
+    def _start(self) -> None:
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(  # noqa: S603 - our own module, by our own interpreter
+                [sys.executable, "-m", "app.decoder", str(theirs.fileno())],
+                cwd=Path(__file__).parent.parent,  # where the package is, installed or not
+                env={**os.environ, **_ENVIRONMENT},
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                process_group=0,  # a terminal's Ctrl+C is for the service alone
+            )
+
+    def _end(self) -> None:
+        self._control.close()
+        self._process.kill()  # it holds nothing that could be lost
+        self._process.wait()
+
+
+@cache
+def nursery() -> Nursery:
+    """Return this process's nursery; the first call starts it, and it takes half a second."""
+    return Nursery()
