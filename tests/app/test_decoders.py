@@ -4,6 +4,8 @@ import os
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -19,8 +21,15 @@ from PIL import Image
 
 from app import decoder
 from app.decoder import Task, receive, send
-from app.decoders import Decoder, Decoders
-from app.errors import CorruptImage, DecoderLost, Problem, TooManyPixels, UnsupportedFormat
+from app.decoders import Decoder, Decoders, check_decoder
+from app.errors import (
+    CorruptImage,
+    DecoderLost,
+    Problem,
+    StartupError,
+    TooManyPixels,
+    UnsupportedFormat,
+)
 from app.images import decode
 from app.model_card import Preprocessing
 from app.nursery import nursery
@@ -197,6 +206,66 @@ def test_killed_nursery() -> None:
     for one in (old, new):
         assert one.decode(make_image()).format == "PNG"
         one.close()
+
+
+def test_nursery_that_has_just_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A nursery that is dead, but not yet known to be, costs nothing."""
+    process = nursery()._process
+    os.kill(process.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    monkeypatch.setattr(process, "poll", lambda: None)
+    one = Decoder(TASK)
+    assert one.decode(make_image()).format == "PNG"
+    one.close()
+
+
+def test_stuck_decoder(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A decoder that stands still fails its upload, and is replaced."""
+    monkeypatch.setattr("app.nursery._PATIENCE", struct.pack("ll", 0, 300_000))
+    one = Decoder(TASK)
+    stuck = one.pid
+    os.kill(stuck, signal.SIGSTOP)
+    with pytest.raises(DecoderLost):
+        one.decode(make_image())
+    assert f"decoder {stuck} has ended over an image" in caplog.text
+    assert one.decode(make_image()).format == "PNG"
+    one.close()
+    _wait_for_the_end_of([stuck])
+
+
+def test_no_decoder_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing can be decoded, start-up says so."""
+    check_decoder(TASK.preprocessing)
+    with monkeypatch.context() as patch:
+        patch.setattr(nursery(), "new_link", Mock(side_effect=BlockingIOError(11, "no process")))
+        with pytest.raises(StartupError, match=r"cannot be decoded here.*no process"):
+            check_decoder(TASK.preprocessing)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        send(theirs, b"1")  # its process ID
+    monkeypatch.setattr(nursery(), "new_link", Mock(return_value=ours))
+    with pytest.raises(StartupError, match="cannot be decoded here"):
+        check_decoder(TASK.preprocessing)
+
+
+def test_what_a_decoder_inherits() -> None:
+    """A decoder's limit of CPU time works, and Ctrl+C passes it by, whatever started us."""
+    script = (
+        "import os, signal\n"
+        "from app.decoders import Decoder\n"
+        "from tests.app.test_decoders import TASK\n"
+        "signal.signal(signal.SIGPROF, signal.SIG_IGN)\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])\n"
+        "one = Decoder(TASK)\n"
+        "print(os.getpgid(one.pid) == os.getpgid(0))\n"
+        "print(open(f'/proc/{one.pid}/status').read())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    is_same_group, status = result.stdout.split("\n", 1)
+    assert is_same_group == "False", result.stderr
+    for field in ("SigBlk", "SigIgn"):
+        mask = int(status.partition(f"{field}:")[2].split()[0], 16)
+        assert not mask >> (signal.SIGPROF - 1) & 1
 
 
 def test_closed_decoders_end(decoders: Decoders) -> None:

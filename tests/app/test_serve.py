@@ -1,5 +1,7 @@
 """The command `mixer-serve`: a real process, its start-up errors and its answers."""
 
+import os
+import resource
 import signal
 import socket
 import subprocess
@@ -11,9 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.cpus import available_cpus
+from app.errors import StartupError
+from app.serve import _allow_descriptors
 from app.settings import EMBEDDED_MODEL, Settings
 from tests.fakes import encode, make_image
-from tests.processes import ROOT, run_serve, serving
+from tests.processes import ROOT, clean_environment, run_serve, serving
 
 
 def refusal(*arguments: str, **settings: str) -> str:
@@ -185,3 +190,58 @@ def test_import_brings_neither_torch_nor_onnx() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert not {"torch", "onnx", "onnxruntime"} & set(result.stdout.split())
+
+
+def test_signal_while_it_starts() -> None:
+    """Until the model is warm the port is closed, and a signal ends the process at once."""
+    script = (
+        "import sys, time\n"
+        "from app import main, serve\n"
+        "def warm_up(*_):\n"
+        "    print('warming', flush=True)\n"
+        "    time.sleep(60)\n"
+        "main.warm_up = warm_up\n"
+        "serve.main(sys.argv[1:])\n"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with subprocess.Popen(
+        [sys.executable, "-c", script, "--port", str(port)],
+        cwd=ROOT,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "warming\n"
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 128 + signal.SIGTERM
+
+
+def test_few_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where fewer descriptors are allowed, fewer connections are; where none is left, it stops."""
+    settings = Settings(max_connections=1000, decode_threads=2)
+    for hard in (400, 131):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, hard=hard: (hard, hard))
+        assert _allow_descriptors(settings).max_connections == hard - 130
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (130, 130))
+    with pytest.raises(StartupError, match="130 descriptors"):
+        _allow_descriptors(settings)
+
+
+def test_onnxruntime_that_cannot_be_loaded(tmp_path: Path) -> None:
+    """What keeps an installed onnxruntime from loading is named as it is."""
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('libm.so: no memory')")
+    assert refusal(PYTHONPATH=str(tmp_path)) == (
+        "mixer-serve: onnxruntime cannot be loaded: libm.so: no memory"
+    )
+
+
+def test_cpus_without_affinity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On macOS, which has no affinity, all processors count."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert available_cpus(tmp_path) == os.cpu_count()

@@ -1,14 +1,17 @@
 """Spans in a collector, through the extra `otel`."""
 
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx2
 import pytest
 
+from app.spans import Spans
 from tests.fakes import make_image
 from tests.live import log_lines
 from tests.processes import run_serve, serving
@@ -98,6 +101,17 @@ def test_without_a_collector(tmp_path: Path) -> None:
     with serving(tmp_path / "log") as server:
         httpx2.get(f"{server.url}/livez", headers={"X-Request-ID": "plain"})
         assert "trace_id" not in log_lines(server, "plain")[0]
+
+
+def test_collector_that_hangs(caplog: pytest.LogCaptureFixture) -> None:
+    """A collector that takes nothing holds up the end for no longer than it may."""
+    hang = threading.Event()
+    spans = Spans(Mock(shutdown=hang.wait), Mock(), Mock())
+    begun = time.monotonic()
+    spans.close(0.1)
+    hang.set()
+    assert time.monotonic() < begun + 5
+    assert "spans are lost" in caplog.text
 
 
 def test_bad_variable(collector: list[Any]) -> None:

@@ -2,14 +2,15 @@
 
 `OBSERVED_BATCH_MS` puts a fake engine of that latency in the model's place. `GET /observed` shows
 what is in flight and how many images the engine has seen; `?fault=raise`, `nan` or `none` breaks
-and mends the engine. `OBSERVED_KEEP_ALIVE_S` closes idle connections sooner.
+and mends the engine; with `fork`, no decoder can be started. `OBSERVED_KEEP_ALIVE_S` closes idle
+connections sooner.
 """
 
 import os
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from fastapi import FastAPI
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from app import decoders, images, main, serve
 from app.decoder import MAX_CPU_S
 from app.engine import Engine, OnnxEngine
+from app.nursery import nursery
 from app.settings import Settings
 from app.shares import Share
 from tests.fakes import FakeEngine
@@ -81,6 +83,10 @@ class Slowest:
             return 0.0  # it has ended meanwhile
 
 
+def _no_nursery() -> NoReturn:
+    raise BlockingIOError("ordered to fail")
+
+
 def create_observed_app(settings: Settings, engine: ObservedEngine) -> FastAPI:
     """Return the service with one more route."""
     slowest = Slowest()
@@ -94,6 +100,7 @@ def create_observed_app(settings: Settings, engine: ObservedEngine) -> FastAPI:
     @app.get("/observed", include_in_schema=False)
     async def observed(fault: str = "", slower_ms: int | None = None) -> dict[str, int]:
         engine.fault = fault or engine.fault
+        vars(decoders)["nursery"] = _no_nursery if engine.fault == "fork" else nursery
         if slower_ms is not None:
             engine.slower_s = slower_ms / 1000
         admission = app.state.service.admission

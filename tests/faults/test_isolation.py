@@ -91,6 +91,26 @@ def test_engine_that_stays_broken(fake: Start, figure: Figure, fault: str) -> No
         assert one(server.url, post(make_image())).status == 200
 
 
+def test_decoders_that_cannot_be_replaced(fake: Start, figure: Figure) -> None:
+    """Without decoders a replica fails readiness, then liveness; with them again it is ready."""
+    with fake() as server:
+        _, _, *decoders = server.pids()
+        one(server.url, get("/observed?fault=fork"))
+        os.kill(decoders[0], signal.SIGKILL)
+        assert [one(server.url, post(make_image())).status for _ in range(20)] == [200] * 20
+        for pid in decoders[1:]:
+            os.kill(pid, signal.SIGKILL)
+        for _ in range(3):
+            assert one(server.url, post(make_image())).status == 500
+        assert one(server.url, get("/readyz")).status == 503
+        not_live_s = wait_for(server.url, "/livez", 503)
+        one(server.url, get("/observed?fault=none"))
+        ready_s = wait_for(server.url, "/readyz", 200)
+        figure(f"not ready at once, not live after {not_live_s:.1f} s, healed in {ready_s:.1f} s")
+        assert one(server.url, get("/livez")).status == 200
+        assert [one(server.url, post(make_image())).status for _ in range(20)] == [200] * 20
+
+
 def test_nan_is_a_problem(fake: Start, figure: Figure) -> None:
     """NaN logits give a 500 problem, and never `NaN` in JSON."""
     with fake() as server:

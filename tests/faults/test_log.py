@@ -1,0 +1,105 @@
+"""A log that nobody takes costs its lines, and nothing else."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx2
+import pytest
+
+from tests.fakes import make_image
+from tests.faults.conftest import Figure
+from tests.faults.load import get, one, post
+from tests.processes import ROOT, clean_environment
+
+COMMAND = (sys.executable, "-m", "tests.faults.observed", "--drain-delay-s", "0")
+
+
+@contextmanager
+def logging_to(descriptor: int, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Serve with standard error in a descriptor; give the process and its URL once it answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = (*COMMAND, "--port", str(port), "--log-format", "json", *arguments)
+    environment = clean_environment(OBSERVED_BATCH_MS="0")
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=descriptor) as process:
+        try:
+            give_up = time.monotonic() + 30
+            while not is_ready(url):
+                assert process.poll() is None
+                assert time.monotonic() < give_up
+                time.sleep(0.05)
+            yield process, url
+        finally:
+            process.kill()
+
+
+def is_ready(url: str) -> bool:
+    """Return whether the service answers."""
+    try:
+        return httpx2.get(f"{url}/readyz").status_code == 200
+    except httpx2.TransportError:
+        return False
+
+
+def lost(url: str) -> float:
+    """Return how many lines the service says it has lost."""
+    told = one(url, get("/metrics")).body.decode()
+    return float(told.partition("\nmixer_log_lines_lost ")[2].split()[0])
+
+
+def raw(url: str, data: bytes) -> bytes:
+    """Send bytes on a connection; return all that comes until it is closed."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as client:
+        client.sendall(data)
+        answer = b""
+        while piece := client.recv(65536):
+            answer += piece
+        return answer
+
+
+@pytest.mark.parametrize("place", ["full disk", "reader that is gone"])
+def test_lines_that_cannot_be_written(place: str, figure: Figure) -> None:
+    """Answers, deadlines, limits and the end are what they are with a log."""
+    if place == "full disk":
+        descriptor = os.open("/dev/full", os.O_WRONLY)
+    else:
+        end, descriptor = os.pipe()
+        os.close(end)
+    with logging_to(descriptor, "--header-timeout-s", "1", "--queue-size", "1") as (process, url):
+        os.close(descriptor)
+        assert one(url, post(make_image())).status == 200
+        closing = post(make_image()).replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1)
+        assert raw(url, closing).startswith(b"HTTP/1.1 200")
+        assert raw(url, b"no HTTP\r\n\r\n").startswith(b"HTTP/1.1 400")
+        assert raw(url, b"GET / HTTP/1.1\r\n").startswith(b"HTTP/1.1 408")
+        figure(f"{lost(url):.0f} lines lost")
+        assert lost(url) >= 4
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0
+
+
+def test_reader_that_has_stopped(figure: Figure) -> None:
+    """A collector that reads nothing stops neither the service nor its end."""
+    end, descriptor = os.pipe()
+    with logging_to(descriptor) as (process, url):
+        os.close(descriptor)
+        for _ in range(600):  # 64 KiB are some 200 lines
+            assert one(url, post(make_image())).status == 200
+        figure(f"{lost(url):.0f} of 600 lines lost")
+        assert lost(url) > 100
+        kept = os.read(end, 1 << 20)
+        assert one(url, post(make_image())).status == 200
+        kept += os.read(end, 1 << 20)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0
+    os.close(end)
+    assert kept.endswith(b"}\n")
