@@ -43,6 +43,8 @@ class Door:
             if scope["method"] != "POST":
                 await self._app(scope, receive, send)
                 return
+            if not service.classifier.is_ready:  # a balancer may try another one; 500 ends it
+                raise NotReady("This replica's engine or decoders have failed too often.")
             with service.admission.request():
                 await self._app(scope, receive, send)
         except Problem as problem:

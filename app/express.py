@@ -64,6 +64,8 @@ def express(
         return None
     if service.keys is not None and not service.keys.allow(Headers(raw=list(fields.items()))):
         return None
+    if not service.classifier.is_ready:
+        return None
     if keep_alive and service.spans is None and not service.draining:
         refusal = service.admission.refusal()
         if refusal is not None:

@@ -82,6 +82,7 @@ def test_engine_that_stays_broken(fake: Start, figure: Figure, fault: str) -> No
         for _ in range(3):
             assert one(server.url, post(make_image())).status == 500
         assert one(server.url, get("/readyz")).status == 503
+        assert one(server.url, post(make_image())).status == 503  # a balancer asks another one
         assert one(server.url, get("/livez")).status == 200
         not_live_s = wait_for(server.url, "/livez", 503)
         one(server.url, get("/observed?fault=none"))
@@ -103,6 +104,7 @@ def test_decoders_that_cannot_be_replaced(fake: Start, figure: Figure) -> None:
         for _ in range(3):
             assert one(server.url, post(make_image())).status == 500
         assert one(server.url, get("/readyz")).status == 503
+        assert one(server.url, post(make_image())).status == 503
         not_live_s = wait_for(server.url, "/livez", 503)
         one(server.url, get("/observed?fault=none"))
         ready_s = wait_for(server.url, "/readyz", 200)
