@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import httpx2
 import pytest
 
+from app.logs import StandardError
 from tests.fakes import make_image
 from tests.faults.conftest import Figure
 from tests.faults.load import get, one, post
@@ -103,3 +104,18 @@ def test_reader_that_has_stopped(figure: Figure) -> None:
         assert process.wait(5) == 0
     os.close(end)
     assert kept.endswith(b"}\n")
+
+
+def test_line_that_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a line of which only a part was taken the next one begins anew."""
+    end, descriptor = os.pipe()
+    with open(end, "rb") as reader, open(descriptor, "w") as stream:  # noqa: PTH123 - descriptors
+        monkeypatch.setattr(sys, "stderr", stream)
+        log = StandardError()
+        log.write("x" * 100_000 + "\n")
+        assert log.lost == 1
+        taken = reader.read(65_536)
+        log.write("the next one\n")
+        assert log.lost == 1
+        assert taken == b"x" * 65_536
+        assert os.read(end, 100) == b"\nthe next one\n"
