@@ -1,6 +1,7 @@
 """Promise 9: stopping is something that no client notices."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -127,8 +128,11 @@ def test_stuck_decoder(fake: Start, figure: Figure) -> None:
         server.process.send_signal(signal.SIGTERM)
         code = server.process.wait(15)
         figure(f"gone after {time.monotonic() - start:.2f} s of 1.2 and 3 for what is stuck")
-        for pid in decoders:
-            os.kill(pid, signal.SIGKILL)
+        for (
+            pid
+        ) in decoders:  # the kernel hangs up on a group that is stopped and has lost its parent
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         assert code == 1
         assert b" 503 " in read_answer(waiting)
         assert "stuck" in server.log.read_text()
