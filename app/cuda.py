@@ -53,7 +53,7 @@ def open_session(
     if wanted not in onnxruntime.get_available_providers():
         raise GpuMissing(
             f"this onnxruntime is built without {wanted.removesuffix('ExecutionProvider')}: "
-            "pip install 'mixer-serve[gpu]' instead"
+            "pip install '.[gpu]' instead"
         )
     _load_libraries(tensorrt=gpu.tensorrt)
     onnxruntime.set_default_logger_severity(4)  # what fails below reaches the operator as one line

@@ -37,7 +37,7 @@ def draw(points: Sequence[Point], best: Point, path: Path) -> str:
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator
     except ImportError:
-        return "no curve drawn: matplotlib is missing (pip install 'mixer-serve[export]')"
+        return "no curve drawn: matplotlib is missing (pip install '.[export]')"
     figure = Figure(figsize=(8, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for threads in sorted({point.threads for point in points}):

@@ -203,7 +203,7 @@ def _runtime() -> ModuleType:
         import onnxruntime
     except ModuleNotFoundError as error:
         raise StartupError(
-            "onnxruntime is not installed: pip install 'mixer-serve[cpu]' or 'mixer-serve[gpu]'"
+            "onnxruntime is not installed: pip install '.[cpu]' or '.[gpu]'"
         ) from error
     except ImportError as error:  # no memory left for it, or a library of the system is missing
         raise StartupError(f"onnxruntime cannot be loaded: {_first_line(error)}") from error

@@ -134,7 +134,7 @@ def exporter() -> Spans | None:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
         logger.warning(
-            "no spans: a collector is named, but pip install 'mixer-serve[otel]' is missing"
+            "no spans: a collector is named, but pip install '.[otel]' is missing"
         )
         return None
     resource = Resource.create()

