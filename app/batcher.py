@@ -3,7 +3,7 @@
 As many threads as the engine can use take shares of the batch at hand; the first that finds none
 left forms the next batch, while the others may still be busy with the last one. Decoders' threads
 put pictures in; the event loop gets the logits back, once per batch. So an image crosses threads
-twice (loop to decoder, engine to loop), and no core waits for the event loop or for another core. A
+thrice (loop, decoder, engine, loop), and no core waits for the event loop or for another core. A
 fixed gathering window would cost every quiet request its whole length, and a busy engine fills its
 batches by itself.
 """

@@ -1,4 +1,4 @@
-"""A process that decodes: `python -m app.decoder SOCKET`, started by decoders.py.
+"""A process that decodes: `python -m app.decoder SOCKET`, started by nursery.py.
 
 The first process only loads what decoding needs, and forks one decoder for each socket that it is
 handed. So a decoder starts within milliseconds, and what all of them have loaded is there once.

@@ -1,4 +1,4 @@
-"""Everything that can go wrong, drawn once: exception, status, title.
+"""What can go wrong above the protocol, drawn once: exception, status, title.
 
     StartupError                          stops start-up: one line, exit code 1
     Problem                               answers a request as RFC 9457 problem+json

@@ -45,7 +45,6 @@ class Explanation:
     index: int  # of the label that is explained
     score: float  # its probability, nothing hidden
     importance: NDArray[np.float64]  # [rows, columns], nats of log-probability lost when hidden
-    cell_patches: int  # side of a cell, in patches
     cell_pixels: int  # side of a cell, in pixels of the model's view
 
 
@@ -95,7 +94,6 @@ class Explainer:
             chosen,
             float(np.exp(before)),
             np.array(lost).reshape(side, side),
-            cell,
             cell * self._classifier.card.preprocessing.patch_size,
         )
 

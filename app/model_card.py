@@ -17,7 +17,9 @@ GOLDEN_KEY = "mixer_serve.golden"
 
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 Positive = Annotated[int, Field(ge=1)]
-Triple = tuple[float, float, float]
+# JSON has no word for what is not finite, and a pixel divided by 0 is no number.
+_Mean = Annotated[float, Field(allow_inf_nan=False)]
+_Std = Annotated[float, Field(allow_inf_nan=False, gt=0)]
 
 
 class CardError(Exception):
@@ -39,8 +41,12 @@ class Preprocessing(BaseModel):
     crop_fraction: float = Field(default=0.875, gt=0, le=1, description="timm's crop_pct")
     interpolation: Interpolation = "bicubic"
     color_order: Literal["RGB"] = "RGB"
-    mean: Triple = Field(default=(0.5, 0.5, 0.5), description="already folded into the stem")
-    std: Triple = Field(default=(0.5, 0.5, 0.5), description="already folded into the stem")
+    mean: tuple[_Mean, _Mean, _Mean] = Field(
+        default=(0.5, 0.5, 0.5), description="already folded into the stem"
+    )
+    std: tuple[_Std, _Std, _Std] = Field(
+        default=(0.5, 0.5, 0.5), description="already folded into the stem"
+    )
 
     @property
     def tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""The command `mixer-serve`: settings, model, socket, server, in this order."""
+"""The command `mixer-serve`: settings, socket, model, server, in this order."""
 
 import asyncio
 import contextlib

@@ -227,9 +227,13 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     for name, field in Settings.model_fields.items():
-        text = str(field.description).replace("%", "%%")
+        text, notes = str(field.description).replace("%", "%%"), []
+        if not (allowed := _allowed(field)).startswith(("a path", "a text")):
+            notes.append(allowed)
         if field.default_factory is None and field.default not in (None, ""):
-            text += f" (default: {_relative(field.default)})"
+            notes.append(f"default: {_relative(field.default)}")
+        if notes:
+            text += f" ({'; '.join(notes)})"
         parser.add_argument(_flag(name), metavar=name.rpartition("_")[2].upper(), help=text)
     return parser
 

@@ -133,9 +133,7 @@ def exporter() -> Spans | None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
-        logger.warning(
-            "no spans: a collector is named, but pip install '.[otel]' is missing"
-        )
+        logger.warning("no spans: a collector is named, but pip install '.[otel]' is missing")
         return None
     resource = Resource.create()
     if str(resource.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):

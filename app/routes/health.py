@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request
 
 from app.errors import NotReady
+from app.routes.openapi import problems
 from app.schemas import Status
 from app.service import Service
 
@@ -10,22 +11,22 @@ router = APIRouter(tags=["health"])
 
 
 @router.head("/livez", include_in_schema=False)
-@router.get("/livez")
+@router.get("/livez", responses=problems(503))
 async def livez(request: Request) -> Status:
     """Tell the orchestrator that this process need not be replaced."""
     service: Service = request.app.state.service
     if not service.classifier.is_live:
-        raise NotReady("The engine fails on every batch; replace this process.")
+        raise NotReady("The engine or the decoders fail lastingly; replace this process.")
     return Status(status="live")
 
 
 @router.head("/readyz", include_in_schema=False)
-@router.get("/readyz")
+@router.get("/readyz", responses=problems(503))
 async def readyz(request: Request) -> Status:
     """Tell the balancer to send requests: golden sample passed, warm-up done, not draining."""
     service: Service = request.app.state.service
     if service.draining:
         raise NotReady("Draining: this replica is about to stop.")
     if not service.classifier.is_ready:
-        raise NotReady("The engine fails on every batch.")
+        raise NotReady("The engine or the decoders have failed too often.")
     return Status(status="ready")

@@ -54,7 +54,7 @@ async def live(request: Request) -> dict[str, bool]:
     """Say whether this process need not be replaced, as `/livez` does."""
     service: Service = request.app.state.service
     if not service.classifier.is_live:
-        raise NotReady("The engine fails on every batch; replace this process.")
+        raise NotReady("The engine or the decoders fail lastingly; replace this process.")
     return {"live": True}
 
 
@@ -63,7 +63,7 @@ async def ready(request: Request) -> dict[str, bool]:
     """Say whether a balancer may send requests, as `/readyz` does."""
     service: Service = request.app.state.service
     if not service.is_ready:
-        raise NotReady("Draining, or the engine fails on every batch.")
+        raise NotReady("Draining, or the engine or the decoders have failed too often.")
     return {"ready": True}
 
 

@@ -7,7 +7,6 @@ const ADVICE = {
   0: "Is it running?",
   413: "Try a smaller image.",
   415: "Save it as JPEG or PNG and try again.",
-  422: "The file is damaged.",
   429: "It has much to do; try again in a moment.",
   503: "It is just stopping or starting; try again in a moment.",
 };

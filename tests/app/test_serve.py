@@ -75,8 +75,9 @@ def test_help_explains_every_setting_with_its_default() -> None:
     for name, field in Settings.model_fields.items():
         assert f"--{name.replace('_', '-')}" in result.stdout
         if isinstance(field.default, int) and not isinstance(field.default, bool):
-            assert f"(default: {field.default})" in " ".join(result.stdout.split())
+            assert f"default: {field.default})" in " ".join(result.stdout.split())
     assert "MIXER_MAX_BATCH" in result.stdout
+    assert "one of debug, info, warning, error;" in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_a_mounted_model_is_the_one_that_is_served(cpu: Image, tmp_path: Path) -
     """A file mounted at /models/model.onnx replaces the embedded model, so a broken one stops."""
     (tmp_path / "model.onnx").write_bytes(b"not a model")
     mount = (tmp_path / "model.onnx", "/models/model.onnx")
-    process = containers.start(cpu, mount=mount)
+    process = containers.start(cpu, {"MIXER_PORT": "0"}, mount=mount)
     _, lines = containers.finish(process)
     assert process.returncode == 1
     assert "MIXER_MODEL=/models/model.onnx" in lines[0]

@@ -19,7 +19,6 @@ from tests.processes import Server
 
 TIMES = 20
 DRAIN_S = 0.6
-PROBE_S = 0.1  # a balancer's, between two looks at /readyz
 
 
 async def stop_under_load(server: Server) -> dict[str, float]:

@@ -49,7 +49,6 @@ BODIES = [
     b"--b\r\nContent-Disposition: form-data; name=\xff; filename=../../x\r\n\r\n\r\n--b--\r\n",
     b"--b\r\n" + b"X: y\r\n" * 5000 + b"\r\n\r\n--b--", b"\r\n--b", b"\x16\x03\x01\x02\x00\x01\x00",
 ]  # fmt: skip
-WORDS = METHODS + TARGETS + VERSIONS + HEADERS + BODIES
 
 
 def malformed(chance: random.Random) -> bytes:

@@ -1,6 +1,7 @@
 """timm's checkpoints: parity of model and preprocessing for each family, and what is refused."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +213,9 @@ def test_other_file_than_pinned_is_refused(refuse: Refuse) -> None:
         ({"crop_mode": "border"}, "crop_mode border"),
         ({"interpolation": "random"}, "interpolation: Input should be"),
         ({"crop_pct": 1.5}, "crop_fraction: Input should be less than or equal to 1"),
+        ({"std": [math.inf, 1, 1]}, "std: Input should be a finite number"),
+        ({"std": [0, 1, 1]}, "std: Input should be greater than 0"),
+        ({"mean": [math.nan, 0, 0]}, "mean: Input should be a finite number"),
     ],
 )
 def test_config_that_does_not_fit_is_refused(

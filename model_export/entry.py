@@ -1,0 +1,26 @@
+"""The commands `mixer-export` and `mixer-train`, which a server's installation has, too.
+
+It lacks torch and what comes with it: they are the extra `export`.
+"""
+
+import importlib
+import sys
+
+
+def mixer_export() -> int:
+    """Run `mixer-export`; return its exit code."""
+    return _run("mixer-export", "model_export.cli")
+
+
+def mixer_train() -> int:
+    """Run `mixer-train`; return its exit code."""
+    return _run("mixer-train", "model_export.train")
+
+
+def _run(command: str, module: str) -> int:
+    try:
+        code: int = importlib.import_module(module).main()
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f"{command}: {error.name} is not installed: pip install '.[export]'\n")
+        return 1
+    return code
