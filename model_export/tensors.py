@@ -4,8 +4,10 @@ Sizes are checked against the file before anything is allocated, so that a small
 for much memory.
 """
 
+import argparse
 import math
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,24 +25,37 @@ from model_export.errors import ExportError
 Tensors = dict[str, Tensor]
 # Float weights hardly compress (1.1 times); with a head of zeros a checkpoint may by a few times.
 MAX_EXPANSION = 20
+# What training scripts keep under other names: averaged weights first, as timm and deit do.
+_STATES = ("state_dict_ema", "model_ema", "state_dict", "model")
+# What DistributedDataParallel, torch.compile and Lightning put before every name.
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+# A file of torch's old kind begins with as many pickles: magic, protocol, system, object, keys.
+_LEGACY_PICKLES = 5
 _ZIP_MAGIC = b"PK\x03\x04"
 # ml_dtypes' bfloat16 has no name in the npy format: it arrives as two raw bytes (big_vision).
 _RAW_BFLOAT16 = np.dtype("V2")
 
 
 def read(path: Path) -> Tensors:
-    """Read every tensor of an .npz, .safetensors, .pth, .pt or .bin file.
+    """Read every tensor of an .npz, .safetensors, .pth, .pth.tar, .pt, .ckpt or .bin file.
+
+    A prefix that all names share, since a wrapped module was saved, is left out.
 
     Raises:
         ExportError: the file is damaged, hostile, or of another kind.
     """
     readers = {".npz": read_npz, ".safetensors": read_safetensors}
-    readers |= dict.fromkeys((".pth", ".pt", ".bin"), read_torch)
+    readers |= dict.fromkeys((".pth", ".tar", ".pt", ".ckpt", ".bin"), read_torch)
     if path.suffix not in readers:
         raise ExportError(f"{path.name}: expected a file in {', '.join(readers)}")
     if not path.is_file():
         raise ExportError(f"{path}: no such file")
-    return readers[path.suffix](path)
+    tensors = readers[path.suffix](path)
+    while tensors and (
+        prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in tensors)), "")
+    ):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def read_npz(path: Path) -> Tensors:
@@ -76,8 +91,11 @@ def read_torch(path: Path) -> Tensors:
         if zipped:
             with zipfile.ZipFile(path) as archive:  # torch stores its members uncompressed
                 _check_expansion(path, sum(m.file_size for m in archive.infolist()), times=1)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for key in ("state_dict_ema", "state_dict", "model"):  # timm's and deit's training files
+        _check_pickles(path, zipped)
+        # timm's training files keep their arguments in one: a bag of attributes, nothing more.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        for key in _STATES:
             if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
                 state = state[key]
                 break
@@ -90,6 +108,29 @@ def read_torch(path: Path) -> Tensors:
         if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > size:
             raise ExportError(f"{path.name}: its tensors' shapes hold more bytes than the file")
     return {str(name): tensor for name, tensor in state.items()}
+
+
+def _check_pickles(path: Path, zipped: bool) -> None:
+    """Refuse a pickle that allocates at a number's word: torch lets a bytearray of any size be."""
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith(".pkl"):
+                    _check_pickle(path, archive.read(name))
+        return
+    with path.open("rb") as file:
+        _check_pickle(path, file)
+        for _ in range(1, _LEGACY_PICKLES):
+            try:
+                _check_pickle(path, file)
+            except ValueError:  # no pickle any more: the tensors' bytes
+                return
+
+
+def _check_pickle(path: Path, data: bytes | IO[bytes]) -> None:
+    for _, argument, _ in pickletools.genops(data):
+        if isinstance(argument, str) and argument.rpartition(" ")[2] == "bytearray":
+            raise ExportError(f"{path.name}: refused, its pickle asks for memory of any size")
 
 
 @contextmanager

@@ -154,3 +154,20 @@ def test_other_kind_of_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.h5").write_bytes(b"x")
     with pytest.raises(ExportError, match=r"expected a file in \.npz, \.safetensors, \.pth"):
         tensors.read(tmp_path / "model.h5")
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_memory_of_any_size_is_not_asked_for(is_zip: bool, protocol: int, tmp_path: Path) -> None:
+    """A pickle that asks for a bytearray is refused before torch gives it one."""
+
+    class Bomb:
+        def __reduce__(self) -> tuple[type, tuple[int]]:
+            return bytearray, (3_000_000_000,)
+
+    path = tmp_path / "bomb.pth"
+    torch.save({"a": Bomb()}, path, _use_new_zipfile_serialization=is_zip, pickle_protocol=protocol)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ExportError, match="asks for memory of any size"):
+        tensors.read(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 500_000

@@ -1,5 +1,6 @@
 """timm's checkpoints: parity of model and preprocessing for each family, and what is refused."""
 
+import argparse
 import json
 import math
 import shutil
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from app.images import decode, patchify
 from app.model_card import ModelCard, Preprocessing, read_metadata
-from model_export import checkpoints, verify
+from model_export import checkpoints, tensors, verify
 from model_export.cli import main
 from model_export.mixer import Mixer, MixerConfig
 
@@ -257,3 +258,24 @@ def test_draft_decoding_keeps_the_answers(photos: Path | None) -> None:
         answers.append((logits - logits.mean(axis=0)).argmax(axis=1))
     assert len(set(answers[0])) > 5  # the random model tells photos apart
     assert (answers[0] == answers[1]).mean() >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("name", "wrap"),
+    [
+        ("model_best.pth.tar", lambda s: {"state_dict": s, "args": argparse.Namespace(lr=0.1)}),
+        ("last.pth.tar", lambda s: {"state_dict": {}, "state_dict_ema": s, "epoch": 3}),
+        ("deit.pth", lambda s: {"model": {}, "model_ema": s}),
+        ("lightning.ckpt", lambda s: {"state_dict": {f"model.{n}": t for n, t in s.items()}}),
+        ("ddp.pth", lambda s: {f"module._orig_mod.{n}": t for n, t in s.items()}),
+    ],
+)
+def test_what_training_leaves(
+    name: str, wrap: Callable[[dict[str, torch.Tensor]], dict[str, object]], tmp_path: Path
+) -> None:
+    """A training script's checkpoint gives the tensors that its plain state dict gives."""
+    plain = tensors.read(FIXTURES / "timm_mixer_tiny" / "pytorch_model.bin")
+    torch.save(wrap(plain), tmp_path / name)
+    found = tensors.read(tmp_path / name)
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(found[key], plain[key]) for key in plain)
