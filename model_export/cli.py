@@ -1,6 +1,8 @@
 """mixer-export: a trained Mixer goes in, a self-describing ONNX file comes out."""
 
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import get_args
@@ -16,6 +18,8 @@ from model_export.errors import ExportError
 from model_export.evaluate import evaluate, plot_confusion
 from model_export.export import Precision, Request, export
 
+_STOPPED = 128 + signal.SIGINT  # as a shell reports it
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
@@ -25,11 +29,16 @@ def main(arguments: list[str] | None = None) -> int:
     except (ExportError, OSError) as error:
         print(f"mixer-export: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("mixer-export: stopped", file=sys.stderr)
+        return _STOPPED
     return 0
 
 
 def _convert(options: argparse.Namespace) -> None:
     output = Path(options.output)
+    if output.suffix.lower() != ".onnx":  # else a slip would overwrite the checkpoint itself
+        raise ExportError(f"-o {options.output}: expected a file that ends in .onnx")
     steps = 4 if options.precision == "fp32" else 7
     with tqdm(total=steps, leave=False, disable=None, bar_format="{desc} {bar} {n}/{total}") as bar:
 
@@ -63,10 +72,12 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     model = Path(options.model)
-    result = evaluate(model, Path(options.data), available_cpus())
     drawn = Path(options.confusion or f"{model.stem}-confusion.png")
-    plot_confusion(result, drawn)
+    if drawn.is_dir() or not os.access(drawn.parent, os.W_OK):  # known now, not after the work
+        raise ExportError(f"--confusion {drawn}: no file can be written there")
+    result = evaluate(model, Path(options.data), available_cpus())
     print(report.evaluation(result))
+    plot_confusion(result, drawn)
     print(f"  confusion  {drawn}")
 
 
@@ -138,7 +149,7 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "source",
         metavar="SOURCE",
-        help="a Google .npz, a timm model folder, a .safetensors, .pth or .bin, "
+        help="a Google .npz, a timm model folder, a .safetensors, .pth, .ckpt or .bin, "
         "or hf-hub:owner/name[@revision]",
     )
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="the .onnx to write")

@@ -4,6 +4,7 @@ Nothing here needs torch.
 """
 
 import hashlib
+import io
 import lzma
 import os
 import tarfile
@@ -183,6 +184,11 @@ def _members(
                 target = PurePosixPath(os.path.normpath(beside / member.linkname))
                 if target in files:
                     files[name] = files[target]
+        # Where a plain tar is cut between two members, tarfile takes it for whole.
+        if isinstance(archive.fileobj, io.BufferedReader):
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise ExportError(f"{path}: is cut off, it has no end mark")
     return files, folders
 
 

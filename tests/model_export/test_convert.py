@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -149,3 +150,23 @@ def test_missing_source_is_one_plain_line(tmp_path: Path, labels: Callable[[int]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert done.stderr == "mixer-export: absent.npz: no such file\n"
+
+
+@pytest.mark.parametrize("output", ["weights.npz", ".", ""])
+def test_output_must_be_an_onnx_file(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An output that is no .onnx is refused, so that no slip overwrites the checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    weights = (FIXTURES / "google_tiny.npz").read_bytes()
+    (tmp_path / "weights.npz").write_bytes(weights)
+    assert main(["convert", "weights.npz", "-o", output]) == 1
+    assert f"-o {output}: expected a file that ends in .onnx" in capsys.readouterr().err
+    assert (tmp_path / "weights.npz").read_bytes() == weights
+
+
+def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl+C is one line, and the exit code that a shell gives it."""
+    monkeypatch.setattr("model_export.cli.checkpoints.load", Mock(side_effect=KeyboardInterrupt))
+    assert main(["convert", "weights.npz", "-o", "model.onnx"]) == 130
+    assert capsys.readouterr().err == "mixer-export: stopped\n"

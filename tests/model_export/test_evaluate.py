@@ -1,7 +1,9 @@
 """`mixer-export evaluate` and `inspect`: measured on pictures drawn for the test."""
 
+import io
 import tarfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -75,6 +77,16 @@ def test_confusion_matrix_is_a_png(tmp_path: Path) -> None:
         assert min(image.size) > 400
 
 
+def test_confusion_matrix_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A place where no PNG can be is refused before anything is measured."""
+    monkeypatch.setattr("model_export.cli.evaluate", Mock(side_effect=AssertionError))
+    for place in (tmp_path, tmp_path / "absent" / "matrix.png"):
+        assert main(["evaluate", str(MODEL), str(tmp_path), "--confusion", str(place)]) == 1
+        assert f"--confusion {place}: no file can be written there" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("compression", ["", "xz", "gz"])
 def test_tar_is_read_and_its_test_split_taken(
     compression: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -87,6 +99,22 @@ def test_tar_is_read_and_its_test_split_taken(
         tar.add(tmp_path / "set", "set")
     assert main(["evaluate", str(MODEL), str(archive)]) == 0
     assert "on 6 pictures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kept_bytes", [3 * 512, 3 * 512 + 100])
+def test_tar_that_is_cut_off(
+    kept_bytes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tar that ends where a picture ends, or in the next one's header, is not the whole set."""
+    archive = tmp_path / "set.tar"
+    with tarfile.open(archive, "w") as tar:
+        for label in ("bird", "dog"):
+            member = tarfile.TarInfo(f"{label}/0.png")
+            member.size = 1000
+            tar.addfile(member, io.BytesIO(bytes(1000)))
+    archive.write_bytes(archive.read_bytes()[:kept_bytes])
+    assert main(["evaluate", str(MODEL), str(archive)]) == 1
+    assert "set.tar: is cut off, it has no end mark" in capsys.readouterr().err
 
 
 def test_undecodable_pictures_are_counted_apart(
