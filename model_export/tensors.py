@@ -6,8 +6,11 @@ for much memory.
 
 import argparse
 import math
+import os
 import pickle
 import pickletools
+import re
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,10 +31,13 @@ MAX_EXPANSION = 20
 # What training scripts keep under other names: averaged weights first, as timm and deit do.
 _STATES = ("state_dict_ema", "model_ema", "state_dict", "model")
 # What DistributedDataParallel, torch.compile and Lightning put before every name.
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+_PREFIXES = re.compile(r"((module|_orig_mod|model)\.)*")
 # A file of torch's old kind begins with as many pickles: magic, protocol, system, object, keys.
 _LEGACY_PICKLES = 5
 _ZIP_MAGIC = b"PK\x03\x04"
+# What a zip ends with: where its directory lies, in 64 bits, and where that is said; then in 32.
+_ZIP64_END = struct.Struct("<4s44xQ4sIQI")  # signature, offset; signature, -, offset of the first
+_ZIP_END = struct.Struct("<4s12xIH")  # signature, offset, length of a comment
 # ml_dtypes' bfloat16 has no name in the npy format: it arrives as two raw bytes (big_vision).
 _RAW_BFLOAT16 = np.dtype("V2")
 
@@ -51,11 +57,10 @@ def read(path: Path) -> Tensors:
     if not path.is_file():
         raise ExportError(f"{path}: no such file")
     tensors = readers[path.suffix](path)
-    while tensors and (
-        prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in tensors)), "")
-    ):
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
+    common = os.path.commonprefix(list(tensors))  # noqa: RUF071 # of names, not of paths
+    shared = _PREFIXES.match(common)
+    start = shared.end() if shared else 0
+    return {name[start:]: tensor for name, tensor in tensors.items()}
 
 
 def read_npz(path: Path) -> Tensors:
@@ -90,6 +95,7 @@ def read_torch(path: Path) -> Tensors:
             zipped = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC  # as torch itself tells
         if zipped:
             with zipfile.ZipFile(path) as archive:  # torch stores its members uncompressed
+                _check_directory(path, archive.start_dir)
                 _check_expansion(path, sum(m.file_size for m in archive.infolist()), times=1)
         _check_pickles(path, zipped)
         # timm's training files keep their arguments in one: a bag of attributes, nothing more.
@@ -112,11 +118,9 @@ def read_torch(path: Path) -> Tensors:
 
 def _check_pickles(path: Path, zipped: bool) -> None:
     """Refuse a pickle that allocates at a number's word: torch lets a bytearray of any size be."""
-    if zipped:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.endswith(".pkl"):
-                    _check_pickle(path, archive.read(name))
+    if zipped:  # by torch's own reader, to which DATA.PKL is the same name
+        with path.open("rb") as file:
+            _check_pickle(path, torch._C.PyTorchFileReader(file).get_record("data.pkl"))
         return
     with path.open("rb") as file:
         _check_pickle(path, file)
@@ -125,6 +129,20 @@ def _check_pickles(path: Path, zipped: bool) -> None:
                 _check_pickle(path, file)
             except ValueError:  # no pickle any more: the tensors' bytes
                 return
+
+
+def _check_directory(path: Path, found: int) -> None:
+    """Refuse a zip whose directory zipfile `found` elsewhere than where torch will look for it."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _ZIP64_END.size - _ZIP_END.size))
+        start, tail = file.tell(), file.read()
+    signature, offset, comment = _ZIP_END.unpack(tail[-_ZIP_END.size :])
+    if len(tail) == _ZIP64_END.size + _ZIP_END.size:
+        first, wide, second, _, place, _ = _ZIP64_END.unpack_from(tail)
+        if second == b"PK\x06\x07":
+            offset = wide if (first, place) == (b"PK\x06\x06", start) else None
+    if signature != b"PK\x05\x06" or comment or offset != found:
+        raise ExportError(f"{path.name}: refused, its zip directory is not where it is said to be")
 
 
 def _check_pickle(path: Path, data: bytes | IO[bytes]) -> None:

@@ -171,7 +171,8 @@ class TestTiming:
         """Images that wait for the engine show it as queue time."""
         client = serve(FakeEngine(seconds=0.05), max_batch=1)
         answer = client.post("/classify/batch", files=[("files", make_image())] * 4)
-        assert durations(answer)["queue"] >= 140
+        # The last one waits for three others, less what its own decoding takes longer than theirs.
+        assert durations(answer)["queue"] >= 100
 
     def test_other_answers_have_a_total(self, client: TestClient) -> None:
         """Answers without an inference tell their total."""

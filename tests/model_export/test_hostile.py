@@ -171,3 +171,26 @@ def test_memory_of_any_size_is_not_asked_for(is_zip: bool, protocol: int, tmp_pa
     with pytest.raises(ExportError, match="asks for memory of any size"):
         tensors.read(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 500_000
+
+
+def renamed(content: bytes) -> bytes:
+    """Return a torch file whose pickle has a name in capitals, which torch reads all the same."""
+    return content.replace(b"data.pkl", b"DATA.PKL")
+
+
+def with_two_directories(content: bytes) -> bytes:
+    """Return a torch file with a second directory, which zipfile finds, and torch does not."""
+    end = content.rindex(b"PK\x05\x06")
+    size, start = struct.unpack("<II", content[end + 12 : end + 20])
+    decoy = content[start : start + size].replace(b"data.pkl", b"data.bin")
+    return content[: start + size] + decoy + content[end:]
+
+
+@pytest.mark.parametrize("hide", [renamed, with_two_directories])
+def test_hidden_pickle_is_checked(hide: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    """A bytearray is refused where torch and zipfile see different members, too."""
+    path = tmp_path / "bomb.pth"
+    torch.save({"a": bytearray(64)}, path)
+    path.write_bytes(hide(path.read_bytes()))
+    with pytest.raises(ExportError, match=r"memory of any size|not where it is said to be"):
+        tensors.read(path)
