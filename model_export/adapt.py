@@ -69,6 +69,8 @@ def adapt(source: str, data: Path, output: Path, name: str | None) -> Adapted:
         ExportError: the model has no features to work on, the data is not enough, or the written
             file does not answer as it should; `output` is left as it was.
     """
+    if output.suffix.lower() != ".onnx":  # else a slip would overwrite the checkpoint itself
+        raise ExportError(f"-o {output}: expected a file that ends in .onnx")
     if not output.parent.is_dir():
         raise ExportError(f"{output}: its folder does not exist")
     listing = dataset.find(data)

@@ -97,6 +97,17 @@ def test_adapting_needs_no_torch(convert: Convert, images: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr
 
 
+def test_output_must_be_an_onnx_file(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An output that is no .onnx is refused, so that no slip overwrites the checkpoint."""
+    source = tmp_path / "weights.npz"
+    source.write_bytes(TINY.read_bytes())
+    assert main(["adapt", str(source), str(images), "-o", str(source)]) == 1
+    assert f"-o {source}: expected a file that ends in .onnx" in capsys.readouterr().err
+    assert source.read_bytes() == TINY.read_bytes()
+
+
 def test_tar_will_do(images: Path, tmp_path: Path) -> None:
     """The pictures may come in a tar."""
     archive = write_tar(images, tmp_path / "colors.tar")
