@@ -67,6 +67,9 @@ class Decoders:
             except NoDecoder as error:
                 logger.error("%s", error.detail)  # noqa: TRY400 - the place in our code says nothing
                 continue
+            except Problem:
+                self.failures = 0  # the image's matter: there was a process
+                raise
             finally:
                 self._free.put(decoder)
             self.failures = 0

@@ -248,6 +248,24 @@ def test_no_decoder_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
         check_decoder(TASK.preprocessing)
 
 
+def test_failures_in_a_row(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a process answers, bad images too, ends the row of uploads without one."""
+    for upload, kind in ((make_image(), None), (b"not an image", UnsupportedFormat)):
+        with monkeypatch.context() as patch:
+            patch.setattr("app.decoders.nursery", Mock(side_effect=BlockingIOError))
+            for one in decoders._all:
+                one.close()
+            with pytest.raises(DecoderLost):
+                decoders.decode(upload)
+            assert decoders.failures == 1
+        if kind is None:
+            decoders.decode(upload)
+        else:
+            with pytest.raises(kind):
+                decoders.decode(upload)
+        assert decoders.failures == 0
+
+
 def test_what_a_decoder_inherits() -> None:
     """A decoder's limit of CPU time works, and Ctrl+C passes it by, whatever started us."""
     script = (

@@ -87,6 +87,17 @@ def test_confusion_matrix_that_cannot_be_written(
         assert f"--confusion {place}: no file can be written there" in capsys.readouterr().err
 
 
+def test_result_is_told_before_it_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A drawing that fails after all costs the drawing alone."""
+    draw(tmp_path / "data", ("bird", "dog"), 2)
+    monkeypatch.setattr("model_export.cli.plot_confusion", Mock(side_effect=OSError("disk full")))
+    flags = ["--confusion", str(tmp_path / "matrix.png")]
+    assert main(["evaluate", str(MODEL), str(tmp_path / "data"), *flags]) == 1
+    assert "top-1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("compression", ["", "xz", "gz"])
 def test_tar_is_read_and_its_test_split_taken(
     compression: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
