@@ -13,7 +13,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -122,13 +122,9 @@ def _check_pickles(path: Path, zipped: bool) -> None:
         with path.open("rb") as file:
             _check_pickle(path, torch._C.PyTorchFileReader(file).get_record("data.pkl"))
         return
-    with path.open("rb") as file:
-        _check_pickle(path, file)
-        for _ in range(1, _LEGACY_PICKLES):
-            try:
-                _check_pickle(path, file)
-            except ValueError:  # no pickle any more: the tensors' bytes
-                return
+    with path.open("rb") as file, suppress(ValueError):  # what is no pickle is torch's to refuse
+        for _ in range(_LEGACY_PICKLES):
+            _check_pickle(path, file)
 
 
 def _check_directory(path: Path, found: int) -> None:

@@ -194,3 +194,13 @@ def test_hidden_pickle_is_checked(hide: Callable[[bytes], bytes], tmp_path: Path
     path.write_bytes(hide(path.read_bytes()))
     with pytest.raises(ExportError, match=r"memory of any size|not where it is said to be"):
         tensors.read(path)
+
+
+def test_second_zip_directory_is_refused(tmp_path: Path) -> None:
+    """Where zipfile sees other members than torch, their sizes cannot be checked: refused."""
+    path = tmp_path / "weights.pth"
+    torch.save({"a": torch.zeros(3)}, path)
+    assert tensors.read(path)["a"].shape == (3,)
+    path.write_bytes(with_two_directories(path.read_bytes()))
+    with pytest.raises(ExportError, match="not where it is said to be"):
+        tensors.read(path)
