@@ -1,7 +1,5 @@
 """What the commands print: short texts for people, facts first."""
 
-import numpy as np
-
 from app.model_card import Preprocessing
 from model_export.checkpoints import Checkpoint
 from model_export.evaluate import Evaluation
@@ -23,6 +21,11 @@ def conversion(report: Report, checkpoint: Checkpoint) -> str:
         f"  override   {name} {was} -> {now}"
         for name, was, now in _changes(checkpoint.preprocessing, card.preprocessing)
     ]
+    if checkpoint.is_assumed:
+        lines.append(
+            f"  assumed    timm's usual input for a {card.family}: no config.json says how these "
+            "weights were fed"
+        )
     if checkpoint.left_aside:
         lines.append(f"  left aside {checkpoint.left_aside} tensors of training state")
     features = "" if agreement.features is None else f", max |Δfeature| {agreement.features:.2g}"
@@ -86,11 +89,9 @@ def evaluation(result: Evaluation) -> str:
         lines.append("  classes    matched by order: no folder bears the name of a label")
     lines.append("  per class")
     width = max(map(len, result.card.labels))
-    counts = result.confusion.sum(axis=1)
     lines += [
-        f"    {label:<{width}} {share:8.2%} of {count:,}"
-        for label, share, count in zip(result.card.labels, result.per_class, counts, strict=True)
-        if not np.isnan(share)
+        f"    {result.card.labels[index]:<{width}} {share:8.2%} of {count:,}"
+        for index, (share, count) in result.per_class.items()
     ]
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import tracemalloc
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -15,6 +16,8 @@ from app.images import decode
 from app.model_card import read_metadata
 from model_export.cli import main
 from model_export.summary import macs
+
+from .conftest import FIXTURES, Convert
 
 MODELS = Path(__file__).parents[2] / "app" / "models"
 MODEL = MODELS / "mixer-cifar10.onnx"
@@ -96,6 +99,39 @@ def test_result_is_told_before_it_is_drawn(
     flags = ["--confusion", str(tmp_path / "matrix.png")]
     assert main(["evaluate", str(MODEL), str(tmp_path / "data"), *flags]) == 1
     assert "top-1" in capsys.readouterr().out
+
+
+def test_many_classes_take_little_memory(
+    tmp_path: Path, convert: Convert, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Measuring a model of 21,843 classes allocates no matrix of them, and says it drew none."""
+    with np.load(FIXTURES / "google_tiny.npz") as file:
+        arrays = dict(file)
+    for name in ("head/kernel", "head/bias"):
+        arrays[name] = np.resize(arrays[name], (*arrays[name].shape[:-1], 21_843))
+    np.savez(tmp_path / "wide.npz", **arrays)
+    model = convert(tmp_path / "wide.npz", 21_843)
+    draw(tmp_path / "data", ("class 20000",), 3)
+    tracemalloc.start()
+    assert main(["evaluate", str(model), str(tmp_path / "data")]) == 0
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 64 * 1024 * 1024
+    assert "not drawn: of more than 1,000 classes" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_classes_of_one_name_are_one_class(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where several classes bear a folder's name, as ImageNet's cranes, each of them is right."""
+    (tmp_path / "7.txt").write_text("crane\n" * 7)
+    source, model = FIXTURES / "google_tiny.npz", tmp_path / "cranes.onnx"
+    flags = ["--labels", str(tmp_path / "7.txt")]
+    assert main(["convert", str(source), "-o", str(model), *flags]) == 0
+    draw(tmp_path / "data", ("crane",), 8)
+    assert main(["evaluate", str(model), str(tmp_path / "data")]) == 0
+    assert "top-1      100.00%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("compression", ["", "xz", "gz"])
