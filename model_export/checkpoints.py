@@ -22,6 +22,7 @@ class Checkpoint:
     source: str  # file name or hub address, never a path of this machine
     checksum: str  # SHA-256 of the weights' file
     labels: tuple[str, ...] | None = None
+    is_assumed: bool = False  # the preprocessing: nothing beside the weights tells of it
     left_aside: int = 0  # tensors of training state in the file, no part of the model
 
 
@@ -99,6 +100,7 @@ def _timm(weights: Path, config: Path | None, source: str, sha256: str | None) -
         source=source,
         checksum=checksum,
         labels=published.labels,
+        is_assumed=config is None,
     )
 
 

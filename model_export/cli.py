@@ -15,7 +15,7 @@ from app.cpus import available_cpus
 from app.model_card import Interpolation, Preprocessing
 from model_export import checkpoints, labels, pictures, report, summary
 from model_export.errors import ExportError
-from model_export.evaluate import evaluate, plot_confusion
+from model_export.evaluate import MAX_DRAWN, evaluate, plot_confusion
 from model_export.export import Precision, Request, export
 
 _STOPPED = 128 + signal.SIGINT  # as a shell reports it
@@ -40,6 +40,11 @@ def _convert(options: argparse.Namespace) -> None:
     if output.suffix.lower() != ".onnx":  # else a slip would overwrite the checkpoint itself
         raise ExportError(f"-o {options.output}: expected a file that ends in .onnx")
     steps = 4 if options.precision == "fp32" else 7
+    name = options.name or output.stem
+    if "/" in name:
+        raise ExportError(
+            f"--name {name}: expected no /, since the name is a part of the API's paths"
+        )
     with tqdm(total=steps, leave=False, disable=None, bar_format="{desc} {bar} {n}/{total}") as bar:
 
         def step(what: str) -> None:
@@ -52,7 +57,7 @@ def _convert(options: argparse.Namespace) -> None:
         )
         preprocessing = _override(checkpoint.preprocessing, options)
         request = Request(
-            name=options.name or output.stem,
+            name=name,
             labels=_labels(checkpoint, options.labels),
             preprocessing=preprocessing,
             precision=options.precision,
@@ -77,6 +82,11 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise ExportError(f"--confusion {drawn}: no file can be written there")
     result = evaluate(model, Path(options.data), available_cpus())
     print(report.evaluation(result))
+    if len(result.card.labels) > MAX_DRAWN:
+        print(
+            f"  confusion  not drawn: of more than {MAX_DRAWN:,} classes nothing would be legible"
+        )
+        return
     plot_confusion(result, drawn)
     print(f"  confusion  {drawn}")
 
@@ -114,6 +124,13 @@ def _override(published: Preprocessing, options: argparse.Namespace) -> Preproce
     except ValidationError as error:
         first = error.errors()[0]
         raise ExportError(f"{first['loc'][0]} {first['input']}: {first['msg']}") from error
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:  # nor is NaN
+        raise argparse.ArgumentTypeError("expected a number from 0 to 1")
+    return share
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -183,7 +200,7 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
     )
     smaller.add_argument(
         "--min-agreement",
-        type=float,
+        type=_share,
         default=0.99,
         metavar="SHARE",
         help="write nothing if fewer answers are float32's own (default: 0.99)",

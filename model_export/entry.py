@@ -4,6 +4,7 @@ It lacks torch and what comes with it: they are the extra `export`.
 """
 
 import importlib
+import signal
 import sys
 
 
@@ -18,6 +19,8 @@ def mixer_train() -> int:
 
 
 def _run(command: str, module: str) -> int:
+    # By default the signal ends a process as it stands, and half a file would stay behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         code: int = importlib.import_module(module).main()
     except ModuleNotFoundError as error:

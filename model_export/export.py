@@ -26,6 +26,8 @@ _GOLDEN_SEED = 0
 # result to it as well.
 _GOLDEN_SHARE = {"fp32": 1e-4, "fp16": 1e-2}
 _GOLDEN_FLOOR = 1e-6  # a head of zeros has no logits to take a share of
+# A protobuf message holds 2 GiB at most; the graph itself takes little beside its weights.
+_MAX_PARAMETERS = (2**31 - 2**20) // 4
 _LOSS_SEED = 100
 _LOSS_PICTURES = 128  # the default agreement of 0.99 then allows one other answer
 
@@ -77,6 +79,11 @@ def export(
         raise ExportError(f"{path}: its folder does not exist")
     model, preprocessing = checkpoint.model, request.preprocessing
     card = _card(checkpoint, request)
+    if card.parameters > _MAX_PARAMETERS:
+        raise ExportError(
+            f"{checkpoint.source}: {card.parameters:,} parameters; an ONNX file holds at most "
+            f"{_MAX_PARAMETERS:,} in float32, which is 2 GiB"
+        )
     step("tracing")
     proto = graph.to_onnx(model, preprocessing, with_features=request.with_features)
     sample = photo_like(1, preprocessing, _GOLDEN_SEED)
@@ -149,6 +156,9 @@ def _shrink(
 
 
 def _card(checkpoint: Checkpoint, request: Request) -> ModelCard:
+    for text in (request.name, *request.labels):
+        if text.encode(errors="ignore").decode() != text:  # JSON and file names may hold such
+            raise ExportError(f"{text!a} is no Unicode: no client could read it")
     return ModelCard(
         name=request.name,
         version=checkpoint.checksum[:12],

@@ -53,7 +53,7 @@ def _from_file(path: Path) -> list[str]:
 def _from_json(path: Path, text: str) -> list[str]:
     try:
         labels = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ExportError(f"--labels {path}: not JSON ({error})") from error
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise ExportError(f"--labels {path}: expected a JSON list of strings")

@@ -92,7 +92,7 @@ def published(path: Path, model: Mixer) -> Published:
         arguments = config.get("model_args") or {}
         foreign = sorted(set(arguments) - _HARMLESS_ARGUMENTS)
         size = list(cfg["input_size"])
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ExportError(f"{path}: not a timm config.json ({error!r})") from error
     if foreign:
         raise ExportError(f"{path}: model_args {foreign[0]} is not supported")
@@ -119,11 +119,13 @@ def published(path: Path, model: Mixer) -> Published:
     except ValidationError as error:
         first = error.errors()[0]
         raise ExportError(f"{path}: {first['loc'][0]}: {first['msg']}") from error
-    return Published(preprocessing, _labels(config))
+    return Published(preprocessing, _labels(config.get("label_names") or cfg.get("label_names")))
 
 
-def _labels(config: dict[str, Any]) -> tuple[str, ...] | None:
-    names = config.get("label_names")
+def _labels(names: Any) -> tuple[str, ...] | None:
+    """Read `label_names`: a list, or names by index (timm/models/_hub.py), if none is missing."""
+    if isinstance(names, dict) and names.keys() == set(map(str, range(len(names)))):
+        names = [names[str(index)] for index in range(len(names))]
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         return tuple(names)
     return None

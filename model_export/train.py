@@ -30,8 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ExportError, OSError) as error:
         sys.stderr.write(f"mixer-train: {error}\n")
         return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("mixer-train: stopped before anything was trained\n")
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"mixer-train: {str(stop) or 'stopped before anything was trained'}\n")
         return _SIGNALLED + signal.SIGINT
 
 

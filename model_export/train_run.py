@@ -90,7 +90,12 @@ def train(request: Request) -> int | None:
         pictures[2],
         share,
     )
-    return _loop(trainer, folder, facts, about)
+    try:
+        return _loop(trainer, folder, facts, about)
+    except KeyboardInterrupt:  # the second one, or one while the result is written
+        raise KeyboardInterrupt(
+            "stopped at once; --resume goes on with what was saved last"
+        ) from None
 
 
 def _loop(

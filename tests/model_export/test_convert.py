@@ -1,5 +1,6 @@
 """`mixer-export convert`: what it writes, what it prints, and that it writes nothing on failure."""
 
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -163,6 +164,39 @@ def test_output_must_be_an_onnx_file(
     assert main(["convert", "weights.npz", "-o", output]) == 1
     assert f"-o {output}: expected a file that ends in .onnx" in capsys.readouterr().err
     assert (tmp_path / "weights.npz").read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--name", "owner/name", "--name owner/name: expected no /"),
+        ("--name", "a\udcff", "'a\\udcff' is no Unicode"),
+        ("--labels", '["a", "b", "c", "\\ud800", "e", "f", "g"]', "'\\ud800' is no Unicode"),
+    ],
+)
+def test_texts_that_no_client_could_read(
+    flag: str, value: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name that no path of the API can hold, or a text that is no Unicode, is one line."""
+    (tmp_path / "labels.json").write_text(value if flag == "--labels" else json.dumps(["a"] * 7))
+    named = ["--name", value] if flag == "--name" else []
+    output = tmp_path / "m.onnx"
+    command = ["convert", str(TINY), "-o", str(output), "--labels", str(tmp_path / "labels.json")]
+    assert main([*command, *named]) == 1
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1
+    assert not output.exists()
+
+
+def test_model_that_no_onnx_file_holds(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights of more than protobuf's 2 GiB are refused before anything is traced."""
+    monkeypatch.setattr("model_export.export._MAX_PARAMETERS", 1000)
+    command = ["convert", str(TINY), "-o", "m.onnx", "--labels", str(tiny.parent / "labels.txt")]
+    assert main(command) == 1
+    assert "parameters; an ONNX file holds at most 1,000" in capsys.readouterr().err
 
 
 def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

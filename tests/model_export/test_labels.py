@@ -31,6 +31,7 @@ def test_json_is_a_list(tmp_path: Path) -> None:
         ("a.json", b'{"0": "ant"}', "expected a JSON list of strings"),
         ("a.json", b"[1, 2]", "expected a JSON list of strings"),
         ("a.json", b"[", "not JSON"),
+        ("a.json", b"[" * 100_000, "not JSON"),
         ("a.txt", b"ant\n\nbee\n", "label 2 is empty"),
         ("a.txt", b"\xff\xfe\x00", "cannot be read as text"),
         ("a.txt", b"ant\n", "1 labels, but the head has 2 classes"),

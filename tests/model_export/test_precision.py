@@ -99,15 +99,25 @@ def test_table_shows_what_int8_costs(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_too_little_agreement_writes_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Below --min-agreement nothing is written, and the line says how many agreed."""
-    flags = ["--precision", "int8", "--min-agreement", "1.01"]
+    monkeypatch.setattr(verify, "lose", lambda *_: verify.Loss(128, 0.1, 0.1, 0.9))
+    flags = ["--precision", "int8", "--min-agreement", "0.95"]
     assert main(cifar10(tmp_path / "m.onnx", *flags)) == 1
     assert list(tmp_path.iterdir()) == []
     message = capsys.readouterr().err
     assert "with block" in message
-    assert "at least 101.00% is asked for" in message
+    assert "at least 95.00% is asked for" in message
+
+
+@pytest.mark.parametrize("share", ["nan", "-0.1", "99"])
+def test_agreement_is_a_share(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A --min-agreement that is no share, such as a percentage, is refused at once."""
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", "absent.npz", "-o", "m.onnx", f"--min-agreement={share}"])
+    assert ended.value.code == 2
+    assert "--min-agreement: expected a number from 0 to 1" in capsys.readouterr().err
 
 
 def test_lossiest_block_stays_float(tmp_path: Path) -> None:

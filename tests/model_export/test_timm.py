@@ -119,16 +119,50 @@ def test_every_kind_of_weights_file_is_read(name: str, tmp_path: Path) -> None:
     assert np.abs(logits - known["logits"]).max() <= 1e-5
 
 
-def test_labels_of_the_config_are_used(tmp_path: Path) -> None:
-    """Without --labels, the config's label_names are the labels."""
+@pytest.mark.parametrize("is_inside", [True, False])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["ant", "bee", "cow", "dog", "eel"],
+        {"4": "eel", "1": "bee", "2": "cow", "3": "dog", "0": "ant"},
+    ],
+)
+def test_labels_of_the_config_are_used(names: object, is_inside: bool, tmp_path: Path) -> None:
+    """Without --labels, the config's label_names are the labels: a list or names by index."""
     folder = tmp_path / "named"
     shutil.copytree(FIXTURES / "timm_mixer_tiny", folder)
     config = json.loads((folder / "config.json").read_text())
-    config["label_names"] = ["ant", "bee", "cow", "dog", "eel"]
+    (config["pretrained_cfg"] if is_inside else config)["label_names"] = names
     (folder / "config.json").chmod(0o644)
     (folder / "config.json").write_text(json.dumps(config))
     assert main(["convert", str(folder), "-o", str(tmp_path / "m.onnx")]) == 0
     assert card_of(tmp_path / "m.onnx").labels == ("ant", "bee", "cow", "dog", "eel")
+
+
+def test_gaps_in_the_labels_of_the_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names by index with an index missing are no labels, and --labels is asked for."""
+    folder = tmp_path / "named"
+    shutil.copytree(FIXTURES / "timm_mixer_tiny", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["label_names"] = {"0": "ant", "1": "bee", "2": "cow", "3": "dog", "5": "eel"}
+    (folder / "config.json").chmod(0o644)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["convert", str(folder), "-o", str(tmp_path / "m.onnx")]) == 1
+    assert "names no classes: give its 5 by --labels" in capsys.readouterr().err
+
+
+def test_assumed_input_is_said(
+    tmp_path: Path, convert: Convert, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights without a config.json are fed as timm would by default, and the report says so."""
+    convert(FIXTURES / "timm_mixer_tiny", 5)
+    assert "  assumed  " not in capsys.readouterr().out
+    weights = FIXTURES / "timm_mixer_tiny" / "model.safetensors"
+    bare = shutil.copy(weights, tmp_path / "bare.safetensors")
+    convert(bare, 5)
+    assert "assumed    timm's usual input for a mixer" in capsys.readouterr().out
 
 
 Refuse = Callable[..., str]

@@ -234,6 +234,25 @@ def test_signal_finishes_the_step_and_saves(
     assert metrics(stopped) == metrics(whole)
 
 
+def test_second_ctrl_c_ends_at_once(
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A second Ctrl+C does not wait for the step, and says that what was saved can be resumed."""
+
+    def interrupted(self: trainer.Trainer) -> None:
+        del self
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(trainer.Trainer, "take_step", interrupted)
+    assert main([str(images), "-o", str(tmp_path / "run"), *LONG]) == 130
+    said = capsys.readouterr().err
+    assert "mixer-train: stopped at once; --resume goes on with what was saved last" in said
+
+
 def test_large_data_lies_in_a_file(
     run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
