@@ -47,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"{error.name} is not installed: pip install '.[client]'")
     from app.client.remote import ServerError
 
+    if options.output is not None and options.output.exists() and not options.output.is_file():
+        # As root, a new file would take the place of /dev/null.
+        return _refuse(f"--output {options.output}: expected a file of its own, or none for stdout")
     try:
         images = find_images(options.paths)
         return asyncio.run(_run(options, images))

@@ -142,6 +142,17 @@ def test_resume(live: Server, folder: Path, output_format: str) -> None:
     assert file.read_text() == before
 
 
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_output_that_is_no_file(flags: list[str], folder: Path, tmp_path: Path) -> None:
+    """An output that is a pipe or a device is refused, and not replaced by a file."""
+    os.mkfifo(tmp_path / "pipe")
+    done = run(MODEL, folder, "--format", "jsonl", "-o", tmp_path / "pipe", *flags)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "pipe: expected a file of its own" in done.stderr
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_resume_needs_the_same_model(live: Server, folder: Path) -> None:
     """Results of another model are not mixed in, unless the file is to begin anew."""
     file = folder / "out.jsonl"
