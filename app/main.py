@@ -92,13 +92,13 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     _show_states(measures, app)
-    guarded = (classify, explain, hugging_face, inference_protocol, model)
-    for module in guarded:
+    guarded = [m.router for m in (classify, explain, hugging_face, inference_protocol, model)]
+    for router in guarded:
         # The door asks for the key; this shows it in the document, and makes /docs ask for it.
-        app.include_router(module.router, dependencies=[] if keys is None else KEY_SCHEMES)
-    for module in (health, metrics, pages):
-        app.include_router(module.router)
-    routers = [module.router for module in (*guarded, health, metrics, pages)]
+        app.include_router(router, dependencies=[] if keys is None else KEY_SCHEMES)
+    routers = [*guarded, health.router, inference_protocol.probes, metrics.router, pages.router]
+    for router in routers[len(guarded) :]:
+        app.include_router(router)
     problems.answer_errors(app)
     app.add_middleware(Door, keys=keys)
     if settings.cors_origins:

@@ -23,6 +23,7 @@ FORM = "multipart/form-data"
 JSON = "application/json"
 RAW = "application/octet-stream"
 TIMEOUT_HEADER = "x-request-timeout-ms"
+MAX_TIMEOUT_DIGITS = 15
 LATE_BODY = "The request's time ran out before its body was here."
 Answer = TypeVar("Answer")
 
@@ -37,7 +38,8 @@ def deadline_after(asked: str | None, settings: Settings) -> float:
     """
     timeout_ms = settings.request_timeout_ms
     if asked is not None:
-        if not (asked.isascii() and asked.isdecimal() and 0 < len(asked) < 16 and int(asked)):
+        is_number = asked.isascii() and asked.isdecimal() and len(asked) <= MAX_TIMEOUT_DIGITS
+        if not (is_number and int(asked)):
             raise InvalidParameter("X-Request-Timeout-Ms must be a positive whole number.")
         timeout_ms = min(timeout_ms, int(asked))
     return time.monotonic() + timeout_ms / 1000

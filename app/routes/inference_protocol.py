@@ -15,7 +15,7 @@ from app.documents import EXAMPLE_IMAGE
 from app.errors import InvalidParameter, NoSuchModel, NotReady, Problem
 from app.predictions import softmax
 from app.routes.classify import checked_top_k
-from app.routes.openapi import CLASSIFY_STATUSES, json_content, problems
+from app.routes.openapi import CLASSIFY_STATUSES, images_taken, json_content, problems
 from app.service import Service
 from app.tensors import (
     IMAGE,
@@ -31,6 +31,7 @@ from app.tensors import (
 from app.uploads import after_body, read_body, read_deadline, unless_gone
 
 router = APIRouter(prefix="/v2", tags=["clients"])
+probes = APIRouter(prefix="/v2", tags=["clients"])  # which come without a key
 
 _EXAMPLE = {
     "id": "1",
@@ -39,7 +40,7 @@ _EXAMPLE = {
 }
 
 
-@router.get("")
+@router.get("", responses=problems(401))
 async def server(request: Request) -> dict[str, Any]:
     """Show what serves, and which extensions of the protocol it knows."""
     return {
@@ -49,7 +50,7 @@ async def server(request: Request) -> dict[str, Any]:
     }
 
 
-@router.get("/health/live", responses=problems(503))
+@probes.get("/health/live", responses=problems(503))
 async def live(request: Request) -> dict[str, bool]:
     """Say whether this process need not be replaced, as `/livez` does."""
     service: Service = request.app.state.service
@@ -58,7 +59,7 @@ async def live(request: Request) -> dict[str, bool]:
     return {"live": True}
 
 
-@router.get("/health/ready", responses=problems(503))
+@probes.get("/health/ready", responses=problems(503))
 async def ready(request: Request) -> dict[str, bool]:
     """Say whether a balancer may send requests, as `/readyz` does."""
     service: Service = request.app.state.service
@@ -67,8 +68,8 @@ async def ready(request: Request) -> dict[str, bool]:
     return {"ready": True}
 
 
-@router.get("/models/{name}", responses=problems(404, 422))
-@router.get("/models/{name}/versions/{version}", responses=problems(404, 422))
+@router.get("/models/{name}", responses=problems(401, 404, 422))
+@router.get("/models/{name}/versions/{version}", responses=problems(401, 404, 422))
 async def model(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
     """Show the model's inputs and outputs."""
     card = _classifier(request, name, version).card
@@ -86,8 +87,8 @@ async def model(request: Request, name: str, version: str | None = None) -> dict
     }
 
 
-@router.get("/models/{name}/ready", responses=problems(404, 422, 503))
-@router.get("/models/{name}/versions/{version}/ready", responses=problems(404, 422, 503))
+@router.get("/models/{name}/ready", responses=problems(401, 404, 422, 503))
+@router.get("/models/{name}/versions/{version}/ready", responses=problems(401, 404, 422, 503))
 async def model_ready(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
     """Say whether the model answers."""
     card = _classifier(request, name, version).card
@@ -115,12 +116,12 @@ async def model_ready(request: Request, name: str, version: str | None = None) -
         },
         **problems(404, *CLASSIFY_STATUSES),
     },
-    openapi_extra={
-        "requestBody": {
+    openapi_extra=images_taken(
+        {
             "required": True,
             "content": {"application/json": json_content(InferRequest, _EXAMPLE)},
         }
-    },
+    ),
 )
 @router.post("/models/{name}/versions/{version}/infer", include_in_schema=False)
 async def infer(request: Request, name: str, version: str | None = None) -> Response:

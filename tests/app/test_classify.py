@@ -341,6 +341,17 @@ def test_openapi(client: TestClient) -> None:
     assert "ProblemBody" in document["components"]["schemas"]
 
 
+def test_openapi_names_the_headers(client: TestClient) -> None:
+    """Each route that classifies shows the deadline's header, and what a refusal carries."""
+    paths = client.get("/openapi.json").json()["paths"]
+    posts = [operations["post"] for operations in paths.values() if "post" in operations]
+    assert len(posts) == 5
+    for operation in posts:
+        names = {parameter["name"] for parameter in operation["parameters"]}
+        assert {"X-Request-Timeout-Ms", "X-Request-ID"} <= names
+        assert "Retry-After" in operation["responses"]["429"]["headers"]
+
+
 def test_exif_turn_over_http(client: TestClient) -> None:
     """The answer reports the size as stored."""
     from PIL import Image

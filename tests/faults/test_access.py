@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from app.door import OPEN_PATHS
 from tests.fakes import make_image
 from tests.faults.conftest import Figure, Start
 from tests.faults.load import Answer, dial, get, one, post
@@ -33,8 +34,11 @@ def test_document_names_the_key_where_one_is_wanted(fake: Start, keys: Path) -> 
             assert {scheme["type"] for scheme in schemes.values()} == (
                 {"http", "apiKey"} if settings else set()
             )
-            assert ("security" in document["paths"]["/classify"]["post"]) is bool(settings)
-            assert "security" not in document["paths"]["/livez"]["get"]
+            for path, operations in document["paths"].items():
+                for operation in operations.values():
+                    is_guarded = path not in OPEN_PATHS
+                    assert ("security" in operation) is (is_guarded and bool(settings)), path
+                    assert ("401" in operation["responses"]) is is_guarded, path
 
 
 def test_keys(fake: Start, keys: Path) -> None:
