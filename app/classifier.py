@@ -63,7 +63,11 @@ class Classifier:
         self._admission = admission
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
-        task = Task(preprocessing=engine.card.preprocessing, max_pixels=settings.max_pixels)
+        task = Task(
+            preprocessing=engine.card.preprocessing,
+            max_pixels=settings.max_pixels,
+            max_bytes=settings.max_upload_bytes,
+        )
         self._decoders = Decoders(settings.decode_threads, task)
         # Each thread waits for a decoder; none does any work to speak of. An executor would make a
         # future with a lock for each image, on the event loop.

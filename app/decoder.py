@@ -14,6 +14,7 @@ import traceback
 import warnings
 from pathlib import Path
 
+from PIL import Image
 from pydantic import BaseModel
 
 from app.cpus import give_way
@@ -38,6 +39,7 @@ class Task(BaseModel):
 
     preprocessing: Preprocessing
     max_pixels: int
+    max_bytes: int  # of an upload
 
 
 class Refusal(BaseModel):
@@ -60,6 +62,7 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel takes care of those that end
     # Pillow warns of odd metadata and large pictures; that is the client's matter, not the log's.
     warnings.filterwarnings("ignore", module="PIL")
+    Image.init()  # Pillow would load its plugins when an image first asks for one, in each decoder
     gc.freeze()  # what is loaded stays shared
     while True:
         _, sockets, _, _ = socket.recv_fds(control, 1, 1)
@@ -81,7 +84,7 @@ def serve(link: socket.socket) -> None:
     if first is None:
         return
     task = Task.model_validate_json(first)
-    _limit_memory(BYTES_PER_PIXEL * task.max_pixels + SPARE_BYTES)
+    _limit_memory(BYTES_PER_PIXEL * task.max_pixels + SPARE_BYTES + task.max_bytes)
     while (message := receive(link)) is not None:
         # The kernel's default for this signal is to end the process, whatever it is doing.
         signal.setitimer(signal.ITIMER_PROF, MAX_CPU_S)
@@ -128,7 +131,11 @@ def send(link: socket.socket, *parts: bytes) -> None:
 
 
 def receive(link: socket.socket) -> bytes | None:
-    """Return the next message, or None if the other side is gone."""
+    """Return the next message, or None if the other side is gone.
+
+    Raises:
+        BlockingIOError: nothing came within the socket's time, if it has any.
+    """
     try:
         head = link.recv(SIZE.size, socket.MSG_WAITALL)
         if len(head) < SIZE.size:

@@ -42,7 +42,11 @@ class NoDecoder(DecoderLost):
 
 
 class Decoders:
-    """As many decoders as threads may ask for one at once."""
+    """As many decoders as threads may ask for one at once.
+
+    Raises:
+        NoDecoder: there cannot be so many processes.
+    """
 
     def __init__(self, count: int, task: Task) -> None:
         """Start them; the first in a process takes half a second, all others milliseconds."""
@@ -59,6 +63,7 @@ class Decoders:
             UnsupportedFormat, TooManyPixels, CorruptImage: as `images.decode`; the last also for
                 what takes longer than decoder.MAX_CPU_S.
             DecoderLost: the process ended, and the next upload gets another one; or there is none.
+            RuntimeError: a bug in the decoder; the process goes on.
         """
         for _ in self._all:  # one that could not be replaced leaves the work to others
             decoder = self._free.get()
@@ -97,7 +102,11 @@ class Decoders:
 
 
 class Decoder:
-    """One process and the socket to it, for one thread at a time."""
+    """One process and the socket to it, for one thread at a time.
+
+    Raises:
+        NoDecoder: there cannot be a process.
+    """
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -112,7 +121,8 @@ class Decoder:
 
         Raises:
             NoDecoder: the process has ended, and no other can be had.
-            UnsupportedFormat, TooManyPixels, CorruptImage, DecoderLost: as Decoders.decode.
+            UnsupportedFormat, TooManyPixels, CorruptImage, DecoderLost, RuntimeError: as
+                Decoders.decode.
         """
         for _ in range(2):
             try:
@@ -204,9 +214,11 @@ def check_decoder(preprocessing: Preprocessing) -> None:
     """
     sample = io.BytesIO()
     Image.new("RGB", (64, 64)).save(sample, "JPEG")
+    upload = sample.getvalue()
+    task = Task(preprocessing=preprocessing, max_pixels=64 * 64, max_bytes=len(upload))
     try:
-        with closing(Decoder(Task(preprocessing=preprocessing, max_pixels=64 * 64))) as decoder:
-            decoder.decode(sample.getvalue())
+        with closing(Decoder(task)) as decoder:
+            decoder.decode(upload)
     except (Problem, RuntimeError) as error:
         reason = error.detail if isinstance(error, Problem) else str(error)
         raise StartupError(f"images cannot be decoded here: {reason}") from error

@@ -171,7 +171,8 @@ def _overlay(
     """Decode the model's view once more at a size for eyes, and darken what did not matter."""
     scale = -(-OVERLAY_SIDE // preprocessing.image_size)
     large = preprocessing.model_copy(update={"image_size": preprocessing.image_size * scale})
-    with closing(Decoder(Task(preprocessing=large, max_pixels=max_pixels))) as decoder:
+    task = Task(preprocessing=large, max_pixels=max_pixels, max_bytes=len(upload))
+    with closing(Decoder(task)) as decoder:
         view = _unpatchify(decoder.decode(upload).patches, large)
     heat = np.clip(explanation.importance, 0, None)
     # The square root brings out what matters second most, as the eye expects of a picture.

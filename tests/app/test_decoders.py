@@ -10,6 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -36,7 +37,11 @@ from app.nursery import nursery
 from tests.fakes import encode, make_image
 from tests.processes import serving
 
-TASK = Task(preprocessing=Preprocessing(image_size=32, patch_size=4), max_pixels=10_000)
+TASK = Task(
+    preprocessing=Preprocessing(image_size=32, patch_size=4),
+    max_pixels=10_000,
+    max_bytes=2**20,
+)
 
 
 @pytest.fixture
@@ -57,9 +62,17 @@ def test_same_picture(decoders: Decoders, file_format: str) -> None:
     np.testing.assert_array_equal(there.patches, here.patches)
 
 
+def test_upload_beyond_the_pixels_memory() -> None:
+    """An upload that is larger than all that its pixels may take is still read, and refused."""
+    task = TASK.model_copy(update={"max_bytes": 256 * 2**20})
+    with closing(Decoder(task)) as decoder, pytest.raises(UnsupportedFormat):
+        decoder.decode(bytes(task.max_bytes))
+
+
 def test_answers_of_any_length() -> None:
     """An answer that comes in pieces is put together, and a short one is not waited on."""
-    task = Task(preprocessing=Preprocessing(image_size=1024, patch_size=16), max_pixels=10_000)
+    large_view = Preprocessing(image_size=1024, patch_size=16)
+    task = TASK.model_copy(update={"preprocessing": large_view})
     upload = make_image((60, 40, 20), "PNG", side=50)
     large = Decoders(1, task)
     for _ in range(3):
