@@ -46,7 +46,7 @@ LAST_CALL_S = 0.5
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection; `bounded(settings)` makes the class that uvicorn instantiates."""
+    """One connection; `bounded(settings, app)` makes the class that uvicorn instantiates."""
 
     settings: ClassVar[Settings]
     served: ClassVar[FastAPI]
@@ -56,7 +56,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._clock = Clock(self.loop)  # on what has begun to come, or on the next request
         self._patience = Clock(self.loop)  # on the request that is being served
         self._is_idle = False  # between requests
-        self._write_deadline: asyncio.TimerHandle | None = None
+        self._writing = Clock(self.loop)  # on answers that the client does not read
         self._begun = False  # a message has begun to arrive and is not complete
         self._is_whole = False  # a message became complete in what came last
         self._in_headers = True  # or between requests
@@ -87,7 +87,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._express.hang_up()
         self._clock.end()
         self._patience.end()
-        self.resume_writing()
+        self._writing.end()
         self._farewell.end()
         super().connection_lost(exc)
 
@@ -105,7 +105,6 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._allowance -= len(data)
         self._is_whole = False
-        self._unset_keepalive_if_required()
         self._parse(data)
         is_more_due = (self._begun or not self._is_whole) and not self._deaf
         if is_more_due and not self._clock.is_running and not self.transport.is_closing():
@@ -248,7 +247,6 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._begun, self._in_headers = False, True
                 break
             self._clock.stop()
-            self._unset_keepalive_if_required()
             self._begun, self._owed = True, head.body_size
             data = self._take_body(data, head.size)
             if data and self.transport.is_closing():
@@ -277,22 +275,28 @@ class BoundedProtocol(HttpToolsProtocol):
             cycle.complete()
         elif not cycle.response_complete:
             super().on_message_complete()
-        if cycle.response_complete:  # early: what came since has stopped uvicorn's own clock
+        if cycle.response_complete:  # early
             self._rest()
 
     def pause_writing(self) -> None:
         """Start the clock on a client that does not read its answers."""
         super().pause_writing()
-        self._write_deadline = self.loop.call_later(
-            self.settings.body_timeout_s, self.transport.abort
-        )
+        self._writing.start(self.settings.body_timeout_s, self.transport.abort)
 
     def resume_writing(self) -> None:
         """Stop that clock."""
-        if self._write_deadline is not None:
-            self._write_deadline.cancel()
-            self._write_deadline = None
+        self._writing.stop()
         super().resume_writing()
+
+    def on_response_complete(self) -> None:
+        """Serve the request that waits, or rest; uvicorn's own clock for that is not started."""
+        if self.pipeline:
+            super().on_response_complete()
+        else:
+            self.server_state.total_requests += 1
+            if not self.transport.is_closing():
+                self.flow.resume_reading()
+                self._rest()
 
     def shutdown(self) -> None:
         """Close after the request at hand, or the one that may already be on its way."""
@@ -335,11 +339,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.tasks.discard(found)
         if not found.keep_alive:
             self.transport.close()
-        if self.pipeline or self.flow.read_paused:
-            self.on_response_complete()
-        else:
-            self.server_state.total_requests += 1
-            self._rest()
+        self.on_response_complete()
 
     def _watch_client(self) -> None:
         """Notice that a client is gone while nothing is read from it, its next request waiting."""
