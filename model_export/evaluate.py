@@ -67,7 +67,7 @@ def evaluate(model: Path, data: Path, threads: int) -> Evaluation:
     try:
         engine = OnnxEngine(model, "cpu", threads)
     except StartupError as error:
-        raise ExportError(str(error)) from error
+        raise ExportError(str(error).removeprefix("MIXER_MODEL=")) from error
     pictures = ImageFolder(data)
     labels = engine.card.labels
     indices, by_order = _match(pictures.folders, labels)

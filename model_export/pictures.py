@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from app.client.files import SUFFIXES
 from app.errors import Problem
 from app.images import decode
 from app.model_card import Preprocessing
@@ -15,7 +16,6 @@ from model_export import dataset
 from model_export.errors import ExportError
 
 MAX_PIXELS: int = Settings.model_fields["max_pixels"].default  # what the server takes
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _CALIBRATION_PICTURES = 256  # more of them hardly move the ranges
 
 
@@ -39,7 +39,7 @@ class ImageFolder:
         self.path = path
         found = dataset.measured(path).items()
         self._wanted = {
-            str(name): folder for name, folder in found if name.suffix.lower() in _SUFFIXES
+            str(name): folder for name, folder in found if name.suffix.lower() in SUFFIXES
         }
         if not self._wanted:
             raise ExportError(f"{path}: holds no pictures in a folder per class")
@@ -64,7 +64,7 @@ def calibration(folder: Path, preprocessing: Preprocessing) -> NDArray[np.uint8]
     Raises:
         ExportError: there is none that can be decoded.
     """
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
     step = max(1, len(files) // _CALIBRATION_PICTURES)
     decoded = []
     for file in files[::step][:_CALIBRATION_PICTURES]:
