@@ -1,6 +1,8 @@
 """`POST /classify` and `/classify/batch`, through HTTP."""
 
 import asyncio
+import json
+import re
 from typing import Any
 
 import httpx2
@@ -338,7 +340,9 @@ def test_openapi(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     content = document["paths"]["/classify"]["post"]["requestBody"]["content"]
     assert {"multipart/form-data", "image/*", "application/octet-stream"} <= set(content)
-    assert "ProblemBody" in document["components"]["schemas"]
+    references = re.findall(r'"\$ref": ?"#/components/schemas/(\w+)"', json.dumps(document))
+    assert "ProblemBody" in references
+    assert set(references) <= set(document["components"]["schemas"])
 
 
 def test_openapi_names_the_headers(client: TestClient) -> None:

@@ -74,6 +74,7 @@ def test_openapi_has_an_example_for_everything(client: TestClient) -> None:
                 if int(status) < 400:
                     continue
                 for media in answer["content"].values():
+                    assert media["examples"], (path, status)
                     for example in media["examples"].values():
                         assert example["value"]["status"] == int(status), (path, status)
                         seen += 1

@@ -92,6 +92,7 @@ class TestMetrics:
         found = scrape(client)
         assert found["refusals_total[reason=bytes]"] == 1
         assert found["refusals_total[reason=too-many-images]"] == 1
+        assert found["refusals_total[reason=deadline-exceeded]"] == 1
         keys = tmp_path / "keys"
         keys.write_text("secret\n")
         client = serve(api_keys_file=keys)
@@ -131,8 +132,8 @@ class TestRequestId:
         assert all(re.fullmatch("[0-9a-f]{32}", one) for one in made)
         assert made[0] != made[1]
 
-    def test_refusal_and_bug(self, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Refusals at the door and bugs answer with the ID and the security headers."""
+    def test_bug(self, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A bug answers with the ID and the security headers, and tells nothing of itself."""
         client = serve()
         monkeypatch.setattr("app.decoders.Decoder.decode", lambda *_: 1 / 0)
         answer = client.post("/classify", content=make_image(), headers={"X-Request-ID": "bug-1"})
@@ -140,6 +141,7 @@ class TestRequestId:
         assert answer.headers["x-request-id"] == "bug-1"
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.json()["type"].endswith(":internal-server-error")
+        assert "division" not in answer.text
 
     def test_below_the_application(self, live: Server) -> None:
         """What is not HTTP at all is answered with an ID, and counted."""

@@ -117,7 +117,7 @@ def test_agreement_is_a_share(share: str, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit) as ended:
         main(["convert", "absent.npz", "-o", "m.onnx", f"--min-agreement={share}"])
     assert ended.value.code == 2
-    assert "--min-agreement: expected a number from 0 to 1" in capsys.readouterr().err
+    assert "is not a number from 0 to 1" in capsys.readouterr().err
 
 
 def test_lossiest_block_stays_float(tmp_path: Path) -> None:
