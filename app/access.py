@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterable
 from functools import lru_cache
+from http import HTTPStatus
 
 from starlette.datastructures import Headers
 from starlette.routing import BaseRoute, Match, Route
@@ -19,7 +20,6 @@ from app.metrics import Metrics
 from app.routes.problems import problem_response
 from app.spans import Spans
 from app.trace import Trace, begin
-from app.wire import head
 
 # Unless its route says otherwise an answer is data, no page: nothing in it may run, be framed or
 # be sniffed.
@@ -36,6 +36,10 @@ _SECURITY = [
     (name.lower().encode("ascii"), value.encode("ascii"))
     for name, value in SECURITY_HEADERS.items()
 ]
+_STATUS_LINES = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii")
+    for status in HTTPStatus
+}
 CLIENT_GONE = 499  # nginx's word for it
 FAULT = "The service has a fault; its log has the details."
 
@@ -176,4 +180,5 @@ def answer(
 def constant_head(status: int, headers: tuple[tuple[bytes, bytes], ...]) -> bytes:
     """Return an answer's status line, these headers and those of `SECURITY_HEADERS`."""
     names = {name for name, _ in headers}
-    return head(status, [*headers, *(line for line in _SECURITY if line[0] not in names)])
+    lines = [*headers, *(line for line in _SECURITY if line[0] not in names)]
+    return _STATUS_LINES[status] + b"".join([b"%b: %b\r\n" % line for line in lines])

@@ -211,10 +211,12 @@ class Batcher:
         start = time.perf_counter()
         try:
             logits = _infer(self._engine, patches, Share(1))
-            self._count(logits, time.perf_counter() - start)
+            with self._books:
+                self._count(logits, time.perf_counter() - start)
         except Exception:
             logger.exception("the engine failed on a probe")
-            self.failures += 1
+            with self._books:
+                self.failures += 1
 
 
 def _infer(engine: Engine, patches: NDArray[np.uint8], share: Share) -> NDArray[np.float32]:

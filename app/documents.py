@@ -2,12 +2,11 @@
 
 import asyncio
 import base64
-import binascii
 import threading
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJsonSchema
 
 from app.admission import BodyBudget
 from app.errors import InvalidParameter, MalformedJson
@@ -42,7 +41,7 @@ def decode_base64(text: Any) -> bytes:
         # As bytes, in one go: a text of nothing but spaces would come apart into millions.
         plain = text.encode("ascii").translate(None, _LINE_BREAKS_AND_SPACES)
         return base64.b64decode(plain, validate=True)
-    except (binascii.Error, ValueError):  # a letter outside ASCII is one, too
+    except ValueError:  # a letter outside ASCII is one, too
         raise ValueError("it is not base64") from None
 
 
@@ -60,9 +59,10 @@ class ImageDocument(BaseModel):
 
 
 class HuggingFaceParameters(BaseModel):
-    """What an image-classification client of Hugging Face may ask for."""
+    """What an image-classification client of Hugging Face may ask for.
 
-    model_config = ConfigDict(extra="ignore")  # their servers pass over what they do not know
+    What is not known is passed over, as by their servers.
+    """
 
     top_k: int | None = Field(default=None, ge=1, description="at most so many labels; 5 if absent")
     function_to_apply: ScoreFunction | None = Field(
@@ -83,7 +83,7 @@ async def read_document(
     """Return a JSON body as a `kind`, parsed off the event loop.
 
     Raises:
-        EmptyBody, BodyTooLarge, BodyTimeout, QueueFull: as for every body.
+        EmptyBody, BodyTooLarge, BodyTimeout, DeadlineExceeded, QueueFull: as for every body.
         MalformedJson: not JSON.
         InvalidParameter: not a `kind`; the detail names the member.
     """

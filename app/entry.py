@@ -37,7 +37,7 @@ class Entry:
         return not self.future.cancelled()
 
     def outcome(self) -> str:
-        """Return what became of it, once it is settled: `ok`, or the kind of its problem."""
+        """Return what became of it, once it is settled: `ok`, the kind of its problem, or `bug`."""
         if self.future.cancelled():
             return DeadlineExceeded("").kind
         result = self.future.result()

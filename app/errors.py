@@ -19,7 +19,7 @@
     ├── InferenceFailed           500     the engine raised, or gave NaN
     ├── DecoderLost               500     the process that decoded the image has crashed
     ├── NotReady                  503     draining or broken: retry elsewhere
-    └── DeadlineExceeded          504     expired before the engine saw it
+    └── DeadlineExceeded          504     the request's time ran out
 
 The class says what the client may know (`detail`); what only the operator may know goes to the log.
 """
@@ -213,7 +213,7 @@ class NotReady(Problem):
 
 
 class DeadlineExceeded(Problem):
-    """The request's time ran out before the engine saw it."""
+    """The request's time ran out: in its body, in a queue, or before its answer."""
 
     status = 504
     title = "Deadline exceeded"

@@ -36,22 +36,22 @@ class Pieces:
     def add(self, chunk: bytes | memoryview) -> None:
         """Take the next bytes; `bytes` of some size are kept as they are."""
         if isinstance(chunk, bytes) and len(chunk) >= _PIECE_BYTES // 4:
-            if self._small:
-                self._pieces.append(self._small)
-                self._small = bytearray()
+            self._flush()
             self._pieces.append(chunk)
             return
         self._small += chunk
         if len(self._small) >= _PIECE_BYTES:
-            self._pieces.append(self._small)
-            self._small = bytearray()
+            self._flush()
 
     def join(self) -> bytes:
         """Return all of it; a single piece without a copy."""
+        self._flush()
+        return b"".join(self._pieces)
+
+    def _flush(self) -> None:
         if self._small:
             self._pieces.append(self._small)
             self._small = bytearray()
-        return b"".join(self._pieces)
 
 
 class RawBody:
@@ -101,7 +101,7 @@ class Form:
         """Parse the next bytes of the body.
 
         Raises:
-            MalformedForm: not a multipart form.
+            MalformedForm: not a multipart form, or one of too many parts.
         """
         self._started = self._started or bool(chunk)
         try:

@@ -186,7 +186,7 @@ def _pillow_errors_as_problems(data: bytes, max_pixels: int) -> Iterator[None]:
         yield
     except Problem:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise TooManyPixels(
             f"The image has more than the {max_pixels} pixels taken here."
         ) from error

@@ -115,7 +115,7 @@ def _follow(known: float, seconds: float) -> float:
 def warm_up(engine: Engine, max_batch: int, latency: LatencyTable) -> None:
     """Decode an image and run every doubling of the batch size: no request pays for a first time.
 
-    The first decode loads the decoders, the first run of a size allocates; the second is measured.
+    The first decode loads Pillow, the first run of a size allocates; the second is measured.
     """
     preprocessing = engine.card.preprocessing
     sample = io.BytesIO()

@@ -47,7 +47,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     """Return the service around an engine whose golden sample has passed.
 
     Raises:
-        StartupError: the file of API keys cannot be used.
+        StartupError: the file of API keys, or the collector of spans, cannot be used.
     """
     keys = None if settings.api_keys_file is None else ApiKeys(settings.api_keys_file)
 

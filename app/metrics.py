@@ -91,7 +91,7 @@ class Metrics:
             self._queue_s.observe(stages.queue_s)
 
     def finish_batch(self, images: int, forming_s: float, infer_s: float) -> None:
-        """Take in one inference; from the engine's thread."""
+        """Take in one inference; from the engine's threads, one at a time."""
         self._batch_images.observe(images)
         self._batch_s.observe(forming_s)
         self._infer_s.observe(infer_s)

@@ -132,7 +132,7 @@ def read_metadata(metadata: Mapping[str, str]) -> tuple[ModelCard, Golden]:
         golden = Golden.model_validate_json(metadata[GOLDEN_KEY])
         golden.patches(card.preprocessing)
         classes = golden.logits().shape[1]
-    except (ValidationError, ValueError) as error:
+    except ValueError as error:
         detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise CardError(f"its model card is malformed: {detail}") from error
     if classes != len(card.labels):

@@ -41,7 +41,11 @@ class Nursery:
         atexit.register(self._end)
 
     def new_link(self) -> socket.socket:
-        """Return the socket to a new decoder."""
+        """Return the socket to a new decoder.
+
+        Raises:
+            OSError: there cannot be another socket or process.
+        """
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)

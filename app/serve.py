@@ -223,12 +223,13 @@ def _allow_descriptors(settings: Settings) -> Settings:
     spare = SPARE_DESCRIPTORS + settings.decode_threads
     wanted = settings.max_connections + spare
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard <= spare:
+    most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+    if most <= spare:
         raise StartupError(
             f"the container or shell allows {hard} descriptors (ulimit -n): more than {spare} "
             "are needed"
         )
-    if hard != resource.RLIM_INFINITY and hard < wanted:
+    if most < wanted:
         logger.warning(
             "MIXER_MAX_CONNECTIONS=%d: at most %d can be open here, since the container or shell "
             "allows %d descriptors (ulimit -n)",
@@ -236,10 +237,9 @@ def _allow_descriptors(settings: Settings) -> Settings:
             hard - spare,
             hard,
         )
-        settings = settings.model_copy(update={"max_connections": hard - spare})
-        wanted = hard
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        settings = settings.model_copy(update={"max_connections": most - spare})
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     return settings
 
 

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from app.arguments import Arguments
 from app.cpus import available_cpus
+from app.engine import Device
 from app.errors import StartupError
 from app.logs import LogFormat
 
@@ -31,7 +32,7 @@ class Settings(BaseModel):
     model: Path = Field(
         default=EMBEDDED_MODEL, description="ONNX file written by mixer-export convert"
     )
-    device: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
+    device: Device = Field(
         default="auto",
         description="execution provider; cuda and tensorrt never fall back, auto tries cuda and "
         "says so when it falls back",
@@ -122,10 +123,10 @@ class Settings(BaseModel):
         description="pixels of one image, by its header: up to 12 bytes each while it is decoded",
     )
     header_timeout_s: float = Field(
-        default=10, gt=0, ge=0.1, le=3600, description="time for a request's headers, then 408"
+        default=10, ge=0.1, le=3600, description="time for a request's headers, then 408"
     )
     body_timeout_s: float = Field(
-        default=30, gt=0, ge=0.1, le=3600, description="time for a request's body, then 408"
+        default=30, ge=0.1, le=3600, description="time for a request's body, then 408"
     )
     drain_delay_s: float = Field(
         default=5,
@@ -209,8 +210,8 @@ def _allowed(field: FieldInfo) -> str:
     choices = get_args(field.annotation)
     if choices and all(isinstance(choice, str) for choice in choices):
         return "one of " + ", ".join(choices)
-    low = max((m.ge for m in field.metadata if isinstance(m, Ge)), default=None)  # type: ignore[type-var] # numbers only
-    high = min((m.le for m in field.metadata if isinstance(m, Le)), default=None)  # type: ignore[type-var] # numbers only
+    low = next((m.ge for m in field.metadata if isinstance(m, Ge)), None)
+    high = next((m.le for m in field.metadata if isinstance(m, Le)), None)
     if low is not None:
         kind = "a whole number" if field.annotation is int else "a number"
         return f"{kind} from {low} to {high}"

@@ -107,7 +107,7 @@ class Spans:
 
     def _is_sampled(self, trace: Trace, route: str) -> bool:
         if trace.parent is not None:
-            return bool(trace.flags & SAMPLED)
+            return bool(trace.parent.flags & SAMPLED)
         decision = self._sampler.should_sample(None, int(trace.trace_id, 16), route).decision
         return bool(decision.is_sampled())  # type: ignore[no-untyped-call] # of the SDK
 

@@ -1,7 +1,7 @@
 """Counters and histograms as plain numbers, which become Prometheus' own at the scrape.
 
 prometheus_client locks each number, and looks through the buckets one by one: a tenth of what the
-event loop does for a request. Each tally here is fed by one thread and read by any.
+event loop does for a request. Each tally here is fed by one thread at a time and read by any.
 """
 
 from bisect import bisect_left

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
+from pydantic_core import to_json
 
 from app.documents import ONE_AT_A_TIME, decode_base64, parse_document
 from app.errors import InvalidParameter
@@ -44,8 +45,6 @@ class OutputRequest(BaseModel):
 
 class InferRequest(BaseModel):
     """The JSON part of a request."""
-
-    model_config = ConfigDict(extra="ignore")
 
     id: str | None = None
     parameters: dict[str, Any] = {}
@@ -122,12 +121,8 @@ def write_response(
         else:
             tensor["data"] = values.reshape(-1).tolist()
         outputs.append(tensor)
-    text = _Outputs.model_validate({**head, "outputs": outputs}).model_dump_json().encode()
+    text = to_json({**head, "outputs": outputs})
     return b"".join([text, *tail]), len(text) if tail else None
-
-
-class _Outputs(BaseModel):
-    model_config = ConfigDict(extra="allow")
 
 
 def _values(
@@ -154,9 +149,18 @@ def _values(
 
 
 def _classes(count: Any, classes: int) -> int:
-    if not isinstance(count, int) or count < 1:
-        raise InvalidParameter("classification must be a positive whole number.")
-    return min(count, classes)
+    return min(positive(count, "classification"), classes)
+
+
+def positive(value: Any, name: str) -> int:
+    """Return the value of a parameter that is a number of things.
+
+    Raises:
+        InvalidParameter: it is not a positive whole number.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InvalidParameter(f"{name} must be a positive whole number.")
+    return value
 
 
 def _split(data: memoryview) -> list[bytes]:

@@ -57,7 +57,6 @@ class Trace:
 
     request_id: str
     number: int  # 192 bits at random; IDs are made of them when asked for, which is seldom
-    flags: int = 0
     parent: Parent | None = None
     is_traced: bool = False  # a collector may know it: the log names its IDs
     started: float = field(default_factory=time.perf_counter)
@@ -80,7 +79,8 @@ class Trace:
     @property
     def traceparent(self) -> str:
         """The header that hands this request's span on."""
-        return f"00-{self.trace_id}-{self.span_id}-{self.flags:02x}"
+        flags = self.parent.flags if self.parent else 0
+        return f"00-{self.trace_id}-{self.span_id}-{flags:02x}"
 
     def server_timing(self, now: float) -> str:
         """Return the `Server-Timing` header (W3C Server Timing), durations in milliseconds."""
@@ -111,7 +111,6 @@ def new_trace(request_id: str = "", traceparent: str = "") -> Trace:
     return Trace(
         name_of(request_id),
         _numbers.getrandbits(192),
-        flags=parent.flags if parent else 0,
         parent=parent,
         is_traced=parent is not None,
     )

@@ -10,7 +10,7 @@ from typing import get_args
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from app.arguments import Arguments
+from app.arguments import Arguments, number_within
 from app.cpus import available_cpus
 from app.model_card import Interpolation, Preprocessing
 from model_export import checkpoints, labels, pictures, report, summary
@@ -126,13 +126,6 @@ def _override(published: Preprocessing, options: argparse.Namespace) -> Preproce
         raise ExportError(f"{first['loc'][0]} {first['input']}: {first['msg']}") from error
 
 
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0 <= share <= 1:  # nor is NaN
-        raise argparse.ArgumentTypeError("expected a number from 0 to 1")
-    return share
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Arguments(prog="mixer-export", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -200,7 +193,7 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
     )
     smaller.add_argument(
         "--min-agreement",
-        type=_share,
+        type=number_within(float, 0, 1),
         default=0.99,
         metavar="SHARE",
         help="write nothing if fewer answers are float32's own (default: 0.99)",

@@ -132,10 +132,7 @@ def measured(path: Path) -> dict[PurePosixPath, str]:
     """
     files, _ = walk(path)
     train, test = _splits(files)
-    folder = test or train
-    depth = len(folder)
-    inside = (name for name in files if _inside(name, folder) and len(name.parts) > depth + 1)
-    return {name: name.parts[depth] for name in inside}
+    return _pictures(files, test or train)
 
 
 def _walk_folder(path: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
@@ -228,9 +225,15 @@ def _inside(name: PurePosixPath, folder: tuple[str, ...]) -> bool:
 def _of(
     files: list[PurePosixPath], folder: tuple[str, ...], order: Mapping[str, int]
 ) -> tuple[tuple[str, int], ...]:
+    found = _pictures(files, folder)
+    for name, label in found.items():
+        if label not in order:
+            raise ExportError(f"{name}: class {label} has no pictures to train on")
+    return tuple((str(name), order[label]) for name, label in found.items())
+
+
+def _pictures(files: list[PurePosixPath], folder: tuple[str, ...]) -> dict[PurePosixPath, str]:
+    """Return the files inside the class folders of `folder`, each with its class."""
     depth = len(folder)
-    inside = [name for name in files if _inside(name, folder) and len(name.parts) > depth + 1]
-    for name in inside:
-        if name.parts[depth] not in order:
-            raise ExportError(f"{name}: class {name.parts[depth]} has no pictures to train on")
-    return tuple((str(name), order[name.parts[depth]]) for name in inside)
+    inside = (name for name in files if _inside(name, folder) and len(name.parts) > depth + 1)
+    return {name: name.parts[depth] for name in inside}

@@ -86,7 +86,7 @@ class MixerBlock(nn.Module):
 class Mixer(nn.Module):
     """Stem, blocks, a last norm, the mean over tokens, and a linear head.
 
-    Its relatives (relatives.py) differ in `block` and `norm` alone.
+    Its relatives (relatives.py) differ in `block` and `norm_layer` alone.
     """
 
     block: ClassVar[type[nn.Module]] = MixerBlock

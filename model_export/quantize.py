@@ -1,5 +1,6 @@
 """Int8 weights, and the proof of what they cost: size, logits, top-1 agreement, latency."""
 
+import copy
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
@@ -40,7 +41,7 @@ def int8(
     """
     from onnxruntime import quantization as ort
 
-    proto = _copy(proto)
+    proto = copy.deepcopy(proto)
     stem = next(node for node in proto.graph.node if node.op_type in _MATRIX_PRODUCTS)
     if stem.name not in keep_float:
         _quantise_stem(proto, stem)
@@ -87,11 +88,11 @@ def int8_within(
     """
     named = parts(proto, blocks)
     everything = [node for nodes in named.values() for node in nodes]
-    allowed = max(1, int(blocks * _FLOAT_SHARE)) if min_agreement > 0 else 0
+    allowed = max(1, int(blocks * _FLOAT_SHARE))
     kept: list[str] = []
     candidate = int8(proto, [], calibration)
     loss = compare(candidate, None)
-    if loss.agreement < min_agreement and allowed:
+    if loss.agreement < min_agreement:
         alone = {}
         for part in list(named)[1:-1]:  # stem and head are one product each: hardly worth a probe
             others = [node for node in everything if node not in named[part]]
@@ -167,9 +168,3 @@ def _quiet_root_logger() -> Iterator[None]:
         yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _copy(proto: onnx.ModelProto) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
-    return copy

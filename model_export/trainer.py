@@ -37,8 +37,8 @@ _EVALUATION_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 18}
 class Running:
     """Sums over the epoch in progress."""
 
+    sums: Tensor  # float64 [2]: of the losses, of the right answers
     images: int = 0
-    sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
     seconds: float = 0.0
 
     def means(self) -> tuple[float, float]:
@@ -74,7 +74,7 @@ class Trainer:
     device: torch.device
     compile: bool
     step: int = 0
-    running: Running = field(default_factory=Running)
+    running: Running = field(init=False)
     history: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -111,7 +111,11 @@ class Trainer:
         self.running.seconds += time.perf_counter() - start
 
     def finish_epoch(self) -> None:
-        """Measure the averaged weights and append the epoch to the history."""
+        """Measure the averaged weights and append the epoch to the history.
+
+        Raises:
+            ExportError: the loss is no number any more.
+        """
         running = self.running
         loss, accuracy = running.means()
         measured = self.measure()

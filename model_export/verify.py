@@ -47,8 +47,8 @@ class Loss:
     agreement: float  # share of pictures with the same best class
 
 
-def open_session(model: Path | bytes, threads: int = 0) -> "onnxruntime.InferenceSession":
-    """Open a model on the CPU with so many threads; 0 lets onnxruntime choose.
+def open_session(model: Path | bytes) -> "onnxruntime.InferenceSession":
+    """Open a model on the CPU.
 
     Raises:
         ExportError: onnxruntime is not installed, or cannot load the model.
@@ -60,7 +60,6 @@ def open_session(model: Path | bytes, threads: int = 0) -> "onnxruntime.Inferenc
             "onnxruntime is not installed: pip install '.[cpu]' or '.[gpu]'"
         ) from error
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
     options.log_severity_level = 4  # its errors become one line of ours
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

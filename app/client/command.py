@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, Self
 
-from app.arguments import Arguments
+from app.arguments import Arguments, number_within
 from app.client.files import NothingFoundError, find_images
 from app.client.results import OtherModelError, Prediction, Result, Writer, finished, open_writer
 
@@ -142,36 +142,29 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit code: 0 all classified, 1 some failed, 2 nothing could be done.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add, positive = parser.add_argument, number_within(int, 1, 1_000_000)
     add("target", metavar="URL_OR_MODEL", help="http(s)://… of a server, or an .onnx file")
     add("paths", metavar="PATH", nargs="+", help="image, folder (with all below it) or 'glob/**'")
-    add("--top-k", type=_positive, default=5, help="labels for each image (default: 5)")
+    add("--top-k", type=positive, default=5, help="labels for each image (default: 5)")
     add("--format", choices=("table", "jsonl", "csv"), default="table", help="(default: table)")
     add("-o", "--output", type=Path, help="file for the results (default: standard output)")
     add("--overwrite", action="store_true", help="begin --output anew instead of going on with it")
     add(
         "--concurrency",
-        type=_positive,
+        type=positive,
         default=8,
         help="requests at once, to a server (default: 8; enough for full batches, and the others' "
         "share of a service is left)",
     )
     add(
         "--retries",
-        type=_positive,
+        type=positive,
         default=10,
         help="how often a busy or unreachable server is asked again (default: 10)",
     )
     add("--api-key-file", type=Path, help="file that holds the server's API key")
     add("-q", "--quiet", action="store_true", help="no progress bar")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("it must be a positive whole number")
-    return number
 
 
 if __name__ == "__main__":

@@ -97,8 +97,8 @@ async def read_upload(request: Request, settings: Settings, budget: BodyBudget) 
     """Return the request's one image in whichever way it came.
 
     Raises:
-        EmptyBody, BodyTooLarge, BodyTimeout, MalformedForm, MalformedJson, InvalidParameter,
-            UnsupportedFormat, QueueFull: as their names say.
+        EmptyBody, BodyTooLarge, BodyTimeout, DeadlineExceeded, MalformedForm, MalformedJson,
+            InvalidParameter, UnsupportedFormat, QueueFull: as their names say.
     """
     if media_type_of(request) == JSON:
         return (await read_document(request, settings, budget, ImageDocument)).image

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 
 from app.classifier import Classifier
 from app.documents import EXAMPLE_IMAGE
-from app.errors import InvalidParameter, NoSuchModel, NotReady, Problem
+from app.errors import NoSuchModel, NotReady, Problem
 from app.predictions import softmax
 from app.routes.classify import checked_top_k
 from app.routes.openapi import CLASSIFY_STATUSES, images_taken, json_content, problems
@@ -25,6 +25,7 @@ from app.tensors import (
     PROBABILITIES,
     SCORE,
     InferRequest,
+    positive,
     read_request,
     write_response,
 )
@@ -178,8 +179,4 @@ def _classifier(request: Request, name: str, version: str | None) -> Classifier:
 
 def _top_k(asked: InferRequest) -> int | None:
     top_k = asked.parameters.get("top_k")
-    if top_k is None:
-        return None
-    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
-        raise InvalidParameter("top_k must be a positive whole number.")
-    return top_k
+    return None if top_k is None else positive(top_k, "top_k")

@@ -25,6 +25,7 @@ _PROBLEMS: tuple[Problem, ...] = (
     errors.InvalidParameter("top_k is 11; it must be from 1 to 10."),
     errors.QueueFull("The queue is too long.", 2, "queue-budget"),
     errors.InferenceFailed("The engine failed on this batch; the next may pass."),
+    errors.DecoderLost("The process that decoded the image has ended."),
     errors.NotReady("Draining: this replica is about to stop."),
     errors.DeadlineExceeded("The request's time ran out before its image was classified."),
 )
@@ -37,7 +38,7 @@ _DESCRIPTIONS = {
     415: "Not an image format or media type that is read",
     422: "A corrupt image, or a parameter out of range",
     429: "Busy: try again after Retry-After",
-    500: "The engine failed",
+    500: "The engine or a decoder failed",
     503: "Draining or broken: try another replica",
     504: "The request's time ran out",
 }
