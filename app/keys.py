@@ -27,7 +27,7 @@ KEY_SCHEMES = [
 
 
 class ApiKeys:
-    """The keys of one file: one a line, empty lines and lines that begin with # left out.
+    """The keys of one file, as `read_keys` finds them.
 
     Raises:
         StartupError: the file cannot be read or holds no key.
@@ -77,8 +77,17 @@ class ApiKeys:
         return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
     def _read(self) -> list[bytes]:
-        lines = [line.strip() for line in self._path.read_text("utf-8-sig").splitlines()]
-        keys = [line for line in lines if line and not line.startswith("#")]
-        if not keys:
-            raise ValueError("the file holds no key")
-        return [hashlib.sha256(key.encode()).digest() for key in keys]
+        return [hashlib.sha256(key.encode()).digest() for key in read_keys(self._path)]
+
+
+def read_keys(path: Path) -> list[str]:
+    """Return the keys of a file: one a line, without empty lines and those that begin with #.
+
+    Raises:
+        OSError, ValueError: it cannot be read as UTF-8, or holds no key.
+    """
+    lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise ValueError("the file holds no key")
+    return keys

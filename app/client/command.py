@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output is not None and options.output.exists() and not options.output.is_file():
         # As root, a new file would take the place of /dev/null.
         return _refuse(f"--output {options.output}: expected a file of its own, or none for stdout")
+    if options.format == "table" and not options.overwrite and _holds_something(options.output):
+        return _refuse(f"--output {options.output}: is there already; --overwrite replaces it")
     try:
         images = find_images(options.paths)
         return asyncio.run(_run(options, images))
@@ -118,11 +120,28 @@ def _backend(options: argparse.Namespace) -> Backend:
     if target.startswith(("http://", "https://")):
         from app.client.remote import RemoteClassifier
 
-        key = None if options.api_key_file is None else options.api_key_file.read_text().strip()
-        return RemoteClassifier(target, options.top_k, options.concurrency, options.retries, key)
+        return RemoteClassifier(
+            target, options.top_k, options.concurrency, options.retries, _key(options.api_key_file)
+        )
     from app.client.local import LocalClassifier
 
     return LocalClassifier(Path(target), options.top_k)
+
+
+def _holds_something(file: Path | None) -> bool:
+    return file is not None and file.exists() and file.stat().st_size > 0
+
+
+def _key(file: Path | None) -> str | None:
+    """Return the first key of a file that is written as the server's own."""
+    from app.client.remote import ServerError
+    from app.keys import read_keys
+
+    try:
+        return None if file is None else read_keys(file)[0]
+    except ValueError as error:  # the text itself stays out of the message
+        reason = "it is not UTF-8" if isinstance(error, UnicodeError) else error
+        raise ServerError(f"--api-key-file {file}: {reason}") from None
 
 
 def _quiet(options: argparse.Namespace) -> bool:

@@ -11,7 +11,8 @@ from app.client.results import Prediction
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
 MAX_PORT = 65_535
-BUSY = frozenset({408, 429, 503})
+# Ours, or of a balancer in front whose server is just starting.
+BUSY = frozenset({408, 429, 502, 503, 504})
 
 
 class ServerError(Exception):
@@ -23,12 +24,17 @@ class ImageError(Exception):
 
 
 class RemoteClassifier:
-    """Sends images to `POST /classify`; use it as an async context manager."""
+    """Sends images to `POST /classify`; use it as an async context manager.
+
+    Raises:
+        ServerError: `url`, or a proxy that the environment names, is no address of a server.
+    """
 
     def __init__(
         self, url: str, top_k: int, concurrency: int, retries: int, key: str | None
     ) -> None:
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        headers = {} if key is None else {b"Authorization": f"Bearer {key}".encode()}
+        self._has_key = key is not None
         self.concurrency = concurrency
         self._top_k = top_k
         self._retries = retries
@@ -41,8 +47,12 @@ class RemoteClassifier:
             )
         except httpx2.InvalidURL as error:
             raise ServerError(f"{url}: no address of a server ({error})") from None
+        except (ValueError, ImportError) as error:
+            raise ServerError(f"a proxy in the environment cannot be used: {error}") from None
         if (self._client.base_url.port or 0) > MAX_PORT:
             raise ServerError(f"{url}: no address of a server (ports end at {MAX_PORT})")
+        if self._client.base_url.query or self._client.base_url.fragment:
+            raise ServerError(f"{url}: no address of a server (it has a query)")
 
     async def __aenter__(self) -> "RemoteClassifier":
         """Ask the server which model it serves.
@@ -71,11 +81,15 @@ class RemoteClassifier:
         """Return an image's best labels.
 
         Raises:
-            ImageError: the server refuses this image, or stays busy.
+            ImageError: the server refuses this image, stays busy, or gives no answer of ours.
             ServerError: it cannot be reached any more, or wants a key.
         """
         answer = await self._ask("POST", f"/classify?top_k={self.top_k}", data)
-        return [Prediction(**one) for one in answer.json()["predictions"]]
+        try:
+            found = answer.json()["predictions"]
+            return [Prediction(one["label"], one["index"], one["score"]) for one in found]
+        except (ValueError, KeyError, TypeError):
+            raise ImageError("the answer cannot be read: it is no Mixer Serve's") from None
 
     async def _ask(self, method: str, path: str, data: bytes | None = None) -> httpx2.Response:
         """Send one request, again as often and as late as it takes."""
@@ -85,6 +99,9 @@ class RemoteClassifier:
             last = attempt == self._retries
             try:
                 answer = await self._client.request(method, path, content=data, headers=headers)
+            except (httpx2.LocalProtocolError, httpx2.UnsupportedProtocol):
+                # For good, and not to be quoted: what cannot be sent may be a key.
+                raise ServerError(f"{self._client.base_url}: no request can be sent") from None
             except httpx2.TransportError as error:
                 if last:
                     reason = str(error) or type(error).__name__
@@ -92,8 +109,12 @@ class RemoteClassifier:
                 await asyncio.sleep(wait_s)
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
                 continue
+            except httpx2.RequestError as error:  # such as an unknown compression
+                raise ImageError(f"the answer cannot be read: {error}") from None
             if answer.is_success:
                 return answer
+            if answer.status_code == 401 and self._has_key:
+                raise ServerError("the server does not know this API key")
             if answer.status_code == 401:
                 raise ServerError("the server wants an API key: give --api-key-file")
             if last or answer.status_code not in BUSY:

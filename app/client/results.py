@@ -1,21 +1,21 @@
 """Where the results go: a table, JSON lines or CSV; and which of them are there already."""
 
 import csv
+import io
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from io import StringIO
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO
+from typing import Any, Literal, NamedTuple, Protocol, TextIO
 
 OutputFormat = Literal["table", "jsonl", "csv"]
 
 
 class OtherModelError(Exception):
-    """The file holds results of another model, or of another number of labels."""
+    """The file holds results of another model, of another number of labels, or something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +91,14 @@ class CsvWriter:
     def __init__(self, stream: TextIO, top_k: int, *, with_header: bool) -> None:
         self._stream = stream
         self._top_k = top_k
-        self._rows = csv.writer(stream, lineterminator="\n")
         if with_header:
-            pairs = [f"{name}_{n}" for n in range(1, top_k + 1) for name in ("label", "score")]
-            self._rows.writerow(["path", "model", *pairs, "error"])
+            self._stream.write(_csv_row(_csv_header(top_k)))
 
     def write(self, result: Result) -> None:
         """Write one row."""
         cells: list[Any] = [c for p in result.predictions for c in (p.label, f"{p.score:.6g}")]
         cells += [""] * (2 * self._top_k - len(cells))
-        self._rows.writerow([result.path, result.model, *cells, result.error or ""])
+        self._stream.write(_csv_row([result.path, result.model, *cells, result.error or ""]))
         self._stream.flush()
 
     def close(self) -> None:
@@ -113,26 +111,30 @@ def finished(file: Path, output_format: OutputFormat, model: str, top_k: int) ->
     Failures and a last line that was cut off are taken out, to be done again.
 
     Raises:
-        OtherModelError: the results are another model's, or of more or fewer labels.
+        OtherModelError: the results are another model's, or of more or fewer labels, or there is
+            something else in the file.
     """
     if output_format == "table" or not file.exists():
         return set()
-    text = file.read_text(encoding="utf-8", errors="surrogateescape")
+    file = file.resolve()  # a link stays one
+    with file.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        text = stream.read()
     kept, paths = [], set()
     whole = text[: text.rfind("\n") + 1]
-    rows = _json_rows(whole) if output_format == "jsonl" else _csv_rows(whole)
-    for row, path, made_by, error in rows:
-        if path is None:  # the header
-            if len(row.split(",")) != 2 * top_k + 3:
-                raise OtherModelError(f"{file} was made with another --top-k")
-            kept.append(row)
-        elif made_by != model:
-            raise OtherModelError(f"{file} holds results of {made_by}, not of {model}")
-        elif not error:
-            kept.append(row)
-            paths.add(path)
+    try:
+        rows = list(_json_rows(whole) if output_format == "jsonl" else _csv_rows(whole))
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error):
+        raise OtherModelError(f"{file} holds no results in {output_format}") from None
+    for row in rows:
+        if row.model not in (None, model):
+            raise OtherModelError(f"{file} holds results of {row.model}, not of {model}")
+        if row.labels not in (None, top_k):
+            raise OtherModelError(f"{file} was made with another --top-k")
+        if not row.has_failed:
+            kept.append(row.text)
+            paths.update([] if row.path is None else [row.path])
     clean = file.with_name(file.name + ".part")
-    clean.write_text("".join(kept), encoding="utf-8", errors="surrogateescape")
+    clean.write_text("".join(kept), "utf-8", "surrogateescape", newline="")
     os.replace(clean, file)  # noqa: PTH105 - whole or not at all, as Path.replace, and it reads so
     return paths
 
@@ -144,6 +146,8 @@ def open_writer(
     """Write to `file`, after what it holds, or to standard output."""
     with ExitStack() as stack:
         stream: TextIO = sys.stdout
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
+            stream.reconfigure(errors="surrogateescape")
         if file is not None:
             mode: Literal["w", "a"] = "w" if output_format == "table" else "a"
             stream = stack.enter_context(
@@ -170,17 +174,52 @@ def _writer(
     return CsvWriter(stream, top_k, with_header=with_header)
 
 
-Row = tuple[str, str | None, str, str]  # as it stands, path (None in a header), model, error
+class _Row(NamedTuple):
+    """What one line of a file says; a header has only labels, a failure none."""
+
+    text: str
+    path: str | None = None
+    model: str | None = None
+    labels: int | None = None
+    has_failed: bool = False
 
 
-def _json_rows(text: str) -> Iterator[Row]:
+def _json_rows(text: str) -> Iterator[_Row]:
     for line in text.splitlines(keepends=True):
+        if not line.strip():
+            continue
         members = json.loads(line)
-        yield line, members["path"], members["model"], members.get("error", "")
+        has_failed = "error" in members
+        labels = None if has_failed else len(members["predictions"])
+        yield _Row(line, members["path"], members["model"], labels, has_failed)
 
 
-def _csv_rows(text: str) -> Iterator[Row]:
-    for number, cells in enumerate(csv.reader(StringIO(text))):
-        row = StringIO()
-        csv.writer(row, lineterminator="\n").writerow(cells)
-        yield row.getvalue(), cells[0] if number else None, cells[1], cells[-1]
+def _csv_rows(text: str) -> Iterator[_Row]:
+    """Yield the rows that are whole; one that was cut off in a quoted name counts as none."""
+    rows = csv.reader(io.StringIO(text, newline=""))
+    header = next(rows, None)
+    if header is None:
+        return
+    labels = (len(header) - 3) // 2
+    if header != _csv_header(labels):
+        raise ValueError("another header")
+    yield _Row(_csv_row(header), labels=labels)
+    for cells in rows:
+        if len(cells) == len(header):
+            has_failed = cells[-1] != ""
+            yield _Row(_csv_row(cells), cells[0], cells[1], None, has_failed)
+
+
+def _csv_header(top_k: int) -> list[str]:
+    pairs = [f"{name}_{n}" for n in range(1, top_k + 1) for name in ("label", "score")]
+    return ["path", "model", *pairs, "error"]
+
+
+def _csv_row(cells: Sequence[Any]) -> str:
+    """Return one line; Python's csv does not quote a carriage return, but takes it for an end."""
+    row = io.StringIO()
+    has_return = any("\r" in str(cell) for cell in cells)
+    csv.writer(
+        row, lineterminator="\n", quoting=csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL
+    ).writerow(cells)
+    return row.getvalue()

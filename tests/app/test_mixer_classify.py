@@ -153,6 +153,76 @@ def test_output_that_is_no_file(flags: list[str], folder: Path, tmp_path: Path) 
     assert (tmp_path / "pipe").is_fifo()
 
 
+@pytest.mark.parametrize(
+    ("output_format", "content", "said"),
+    [
+        ("jsonl", "path,model,label_1,score_1,error\n", "holds no results in jsonl"),
+        ("jsonl", "[]\n", "holds no results in jsonl"),
+        ("csv", '{"path": "x"}\n', "holds no results in csv"),
+        ("csv", "path,model,label_1,score_1,label_2,score_2,error\n", "another --top-k"),
+        ("jsonl", '{"path": "x", "model": "MODEL", "predictions": []}\n', "another --top-k"),
+        ("table", "something dear\n", "is there already"),
+    ],
+)
+def test_file_of_something_else(
+    live: Server, folder: Path, output_format: str, content: str, said: str
+) -> None:
+    """A file that holds anything but these results is left as it is, with one line that says so."""
+    card = httpx2.get(f"{live.url}/model").json()
+    file = folder / "out"
+    file.write_text(content.replace("MODEL", f"{card['name']}@{card['version']}"))
+    before = file.read_text()
+    done = run(live.url, folder, "--format", output_format, "-o", file, "--top-k", 1)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert file.read_text() == before
+
+
+@pytest.mark.parametrize("output_format", ["jsonl", "csv"])
+def test_resume_of_odd_lines(live: Server, folder: Path, output_format: str) -> None:
+    """Names with line ends, blank lines and a row cut off in such a name are no hindrance."""
+    (folder / "a.png").rename(folder / "re\rturn.png")
+    (folder / "b.PNG").rename(folder / "line\nfeed.png")
+    (folder / "target").touch()
+    file = folder / "out"
+    file.symlink_to(folder / "target")
+    options = [live.url, folder, "--format", output_format, "-o", file]
+    assert run(*options).returncode == 0
+    whole = file.read_text()
+    with file.open("a") as stream:
+        stream.write("\n" + ('"cut\noff' if output_format == "csv" else ""))
+    again = run(*options)
+    assert again.returncode == 0, again.stderr
+    assert file.read_text() == whole
+    assert file.is_symlink()
+
+
+def test_names_that_are_no_text(live: Server, folder: Path) -> None:
+    """A file name that is no UTF-8 goes through table and CSV as it is."""
+    os.rename(folder / "a.png", os.fsencode(folder) + b"/\xe9.png")  # noqa: PTH104 - bytes
+    for output_format in ("table", "csv"):
+        command = [sys.executable, "-m", "app.client.command", live.url, str(folder)]
+        done = subprocess.run(
+            [*command, "--format", output_format],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert b"/\xe9.png" in done.stdout
+
+
+def test_link_to_nowhere(live: Server, folder: Path) -> None:
+    """A link that leads nowhere fails alone, by name and by pattern."""
+    (folder / "lost.png").symlink_to("nowhere")
+    for named in (folder / "lost.png", folder / "*.png"):
+        done = run(live.url, named, "--format", "jsonl")
+        assert done.returncode == 1
+        assert "No such file" in str(by_name(done.stdout)["lost.png"]["error"])
+
+
 def test_resume_needs_the_same_model(live: Server, folder: Path) -> None:
     """Results of another model are not mixed in, unless the file is to begin anew."""
     file = folder / "out.jsonl"
@@ -247,6 +317,60 @@ def test_api_key(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("\ufeff# rotated\nschl\u00fcssel\nanother\n".encode(), None),
+        (b"wrong\n", "the server does not know this API key"),
+        (b"# none\n\n", "the file holds no key"),
+        (b"\xe9\n", "it is not UTF-8"),
+        (b"se\x00cret\n", "no request can be sent"),
+    ],
+)
+def test_api_key_files(content: bytes, said: str | None, folder: Path, tmp_path: Path) -> None:
+    """A file of keys is read as the server reads it, and what cannot be one is told, not shown."""
+    (tmp_path / "known").write_text("schl\u00fcssel\n")
+    (tmp_path / "keys").write_bytes(content)
+    with serving(tmp_path / "log", "--api-keys-file", str(tmp_path / "known")) as server:
+        done = run(server.url, folder / "a.png", "--api-key-file", tmp_path / "keys")
+    assert done.returncode == (0 if said is None else 2), done.stderr
+    if said is not None:
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert "cret" not in done.stderr
+
+
+@pytest.mark.parametrize("answer", [b"<html>", b"{}", b'{"predictions": [1]}', b"null"])
+def test_answer_of_somebody_else(answer: bytes, folder: Path) -> None:
+    """A 200 that is none of ours is the image's error, and the run goes on."""
+    with busy_server(answer=answer) as (url, asked):
+        done = run(url, folder, "--format", "jsonl", "--concurrency", 1)
+    assert done.returncode == 1
+    assert len(asked) == 4
+    found = by_name(done.stdout).values()
+    assert all("no Mixer Serve's" in str(row["error"]) for row in found)
+
+
+def test_answer_of_a_later_version(folder: Path) -> None:
+    """Members that a later server may add are passed over."""
+    one = {"label": "x", "index": 0, "score": 1.0, "more": []}
+    with busy_server(answer=json.dumps({"predictions": [one]}).encode()) as (url, _):
+        done = run(url, folder / "a.png", "--format", "jsonl")
+    assert done.returncode == 0
+    assert by_name(done.stdout)["a.png"]["predictions"] == [
+        {"label": "x", "index": 0, "score": 1.0}
+    ]
+
+
+def test_proxy_that_cannot_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy in the environment that cannot be used is one line."""
+    monkeypatch.setenv("HTTP_PROXY", "foo://x")
+    done = run("http://127.0.0.1:9", folder)
+    assert done.returncode == 2
+    assert "a proxy in the environment cannot be used" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "word"),
     [
         (("http://127.0.0.1:9", "FOLDER", "--retries", "1"), "127.0.0.1:9"),
@@ -255,6 +379,8 @@ def test_api_key(folder: Path, tmp_path: Path) -> None:
         ((MODEL, "nowhere/*.jpg"), "no image there"),
         (("http://host:port", "FOLDER"), "no address of a server"),
         (("http://127.0.0.1:99999", "FOLDER"), "no address of a server"),
+        (("http://127.0.0.1:9?x=1", "FOLDER"), "it has a query"),
+        ((MODEL, "FOLDER", "--top-k", "abc"), "'abc' is not a number from 1"),
     ],
 )
 def test_useless(folder: Path, arguments: tuple[str, ...], word: str) -> None:
@@ -267,9 +393,12 @@ def test_useless(folder: Path, arguments: tuple[str, ...], word: str) -> None:
 
 @contextmanager
 def busy_server(
-    refusals: int = 0, delay_s: float = 0.0, under_way: list[int] | None = None
+    refusals: int = 0,
+    delay_s: float = 0.0,
+    under_way: list[int] | None = None,
+    answer: bytes = b'{"predictions": [{"label": "x", "index": 0, "score": 1.0}]}',
 ) -> Iterator[tuple[str, list[float]]]:
-    """Serve answers of our form, the first so many of them 429; yield address and request times.
+    """Serve `answer`, the first so many times 429; yield address and request times.
 
     For each request `under_way` gets how many had come and were not yet answered.
     """
@@ -280,22 +409,21 @@ def busy_server(
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self._answer(200, {"name": "busy", "version": "1", "labels": ["x"]})
+            self._answer(200, b'{"name": "busy", "version": "1", "labels": ["x"]}')
 
         def do_POST(self) -> None:
             asked.append(time.monotonic())
             self.rfile.read(int(self.headers["Content-Length"]))
             if len(asked) <= refusals:
-                self._answer(429, {"detail": "busy"})
+                self._answer(429, b'{"detail": "busy"}')
                 return
             if under_way is not None:
                 under_way.append(len(asked) - len(answered))
             time.sleep(delay_s)
             answered.append(None)  # before the client can know it and ask again
-            self._answer(200, {"predictions": [{"label": "x", "index": 0, "score": 1.0}]})
+            self._answer(200, answer)
 
-        def _answer(self, status: int, body: dict[str, object]) -> None:
-            content = json.dumps(body).encode()
+        def _answer(self, status: int, content: bytes) -> None:
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.send_header("Retry-After", "1")
