@@ -39,7 +39,7 @@ _JSON = JSON.encode("ascii")
 _NO_BODY = RawBody()  # stands where none is being collected
 # Each changes how a request is read or answered, by rules that the framework's way knows. In
 # chunks a body may come as a million pieces: that way makes the client wait for them.
-_UNUSUAL = frozenset({b"expect", b"origin", b"transfer-encoding", b"upgrade"})
+_UNUSUAL = frozenset({b"content-encoding", b"expect", b"origin", b"transfer-encoding", b"upgrade"})
 _TIMEOUT = TIMEOUT_HEADER.encode("ascii")
 
 

@@ -88,6 +88,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # pages.py serves both, without a foreign host
         redoc_url=None,
+        redirect_slashes=False,  # behind TLS it would send image and key once more, in the clear
         # The framework's own would look for a provider on every request; ours is in spans.py.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
@@ -99,7 +100,8 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     routers = [*guarded, health.router, inference_protocol.probes, metrics.router, pages.router]
     for router in routers[len(guarded) :]:
         app.include_router(router)
-    problems.answer_errors(app)
+    routes = [route for router in routers for route in router.routes]
+    problems.answer_errors(app, routes)
     app.add_middleware(Door, keys=keys)
     if settings.cors_origins:
         # Outside the door: a browser's preflight carries no key.
@@ -122,7 +124,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     app.add_middleware(
         Access,
         metrics=measures,
-        routes=[route for router in routers for route in router.routes],
+        routes=routes,
         spans=spans,
     )
     return app

@@ -53,11 +53,13 @@ class InferRequest(BaseModel):
 
     @property
     def wanted(self) -> list[OutputRequest]:
-        """The outputs asked for; without a wish, the best labels."""
-        if self.outputs:
-            return self.outputs
-        binary = {"binary_data": bool(self.parameters.get("binary_data_output"))}
-        return [OutputRequest(name=n, parameters=binary) for n in ("label", "index", "score")]
+        """The outputs asked for; without a wish, the best labels.
+
+        What an output does not say of its form, the request's `binary_data_output` does.
+        """
+        form = {"binary_data": bool(self.parameters.get("binary_data_output"))}
+        wanted = self.outputs or [OutputRequest(name=n) for n in ("label", "index", "score")]
+        return [OutputRequest(name=one.name, parameters=form | one.parameters) for one in wanted]
 
 
 def read_request(body: bytes, json_length: str | None) -> tuple[InferRequest, list[bytes]]:

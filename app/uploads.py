@@ -161,6 +161,10 @@ async def _receive(
     request: Request, settings: Settings, budget: BodyBudget, feed: Callable[[bytes], None]
 ) -> None:
     """Feed the body on as it arrives, within its limits of size and time."""
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedFormat(
+            "Send the body as it is, without Content-Encoding.", {"Accept-Encoding": "identity"}
+        )
     if is_longer(request.headers.get("content-length", ""), settings.max_upload_bytes):
         raise BodyTooLarge(settings.max_upload_bytes)
     size = 0  # of what is here: a promise of bytes must not shut others out

@@ -1,5 +1,6 @@
 """`POST /explain`: which patches of an image speak for its label."""
 
+import re
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
@@ -44,7 +45,7 @@ async def explain(request: Request, index: Index = None) -> Response:
         found = await unless_gone(
             request, explainer.explain(upload, deadline, index, service.admission.images)
         )
-        if PNG in request.headers.get("accept", ""):
+        if _wants_picture(request.headers.getlist("accept")):
             picture = await unless_gone(request, explainer.overlay(upload, found, deadline))
             return Response(picture, media_type=PNG)
     card = service.classifier.card
@@ -58,3 +59,12 @@ async def explain(request: Request, index: Index = None) -> Response:
             importance=[[round(value, 6) for value in row] for row in found.importance.tolist()],
         )
     )
+
+
+def _wants_picture(accept: list[str]) -> bool:
+    """Return whether `Accept` names PNG, and not to rule it out (RFC 9110, 12.5.1)."""
+    for one in ",".join(accept).lower().split(","):
+        media_type, *parameters = (part.strip() for part in one.split(";"))
+        if media_type == PNG:
+            return not any(re.fullmatch(r"q=0(\.0{0,3})?", one) for one in parameters)
+    return False

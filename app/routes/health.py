@@ -10,7 +10,6 @@ from app.service import Service
 router = APIRouter(tags=["health"])
 
 
-@router.head("/livez", include_in_schema=False)
 @router.get("/livez", responses=problems(503))
 async def livez(request: Request) -> Status:
     """Tell the orchestrator that this process need not be replaced."""
@@ -20,7 +19,6 @@ async def livez(request: Request) -> Status:
     return Status(status="live")
 
 
-@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", responses=problems(503))
 async def readyz(request: Request) -> Status:
     """Tell the balancer to send requests: golden sample passed, warm-up done, not draining."""

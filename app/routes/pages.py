@@ -41,7 +41,6 @@ _REDOC_STYLES = (
 )
 
 
-@router.head("/")
 @router.get("/")
 async def page() -> Response:
     """Show the page that classifies what is dropped on it."""
@@ -70,9 +69,15 @@ async def static(request: Request, name: str) -> Response:
         raise HTTPException(404)
     content, tag = _read(name)
     headers = {"ETag": tag, "Cache-Control": "no-cache"}
-    if request.headers.get("if-none-match") == tag:
+    if is_known(tag, request.headers.getlist("if-none-match")):
         return Response(status_code=304, headers=headers)
     return Response(content, media_type=_TYPES[_FILES[name].suffix], headers=headers)
+
+
+def is_known(tag: str, held: list[str]) -> bool:
+    """Return whether `If-None-Match` names the tag, weak or not, or any (RFC 9110, 13.1.2)."""
+    tags = {one.strip().removeprefix("W/") for line in held for one in line.split(",")}
+    return bool(tags & {tag, "*"})
 
 
 @cache

@@ -1,6 +1,6 @@
 """Every error as RFC 9457 problem+json, the framework's own included."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request, Response
@@ -8,13 +8,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Scope
 
 from app.errors import PROBLEM_JSON, Problem, kind_of, problem_body
 from app.trace import current
 
 
-def answer_errors(app: FastAPI) -> None:
+def answer_errors(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
     """Register the handlers; what none of them knows is a bug, which access.py answers."""
 
     @app.exception_handler(Problem)
@@ -24,7 +25,10 @@ def answer_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def on_http_exception(request: Request, error: HTTPException) -> Response:
         detail = f"{error.detail}."
-        return _answer(request.scope, error.status_code, detail, headers=error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # the framework names the methods of one route only
+            headers["Allow"] = _allowed(routes, request.scope) or headers["Allow"]
+        return _answer(request.scope, error.status_code, detail, headers=headers)
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_request(request: Request, error: RequestValidationError) -> Response:
@@ -38,6 +42,17 @@ def answer_errors(app: FastAPI) -> None:
         if trace is not None:
             trace.problem = "client-gone"
         return Response(status_code=499)  # nginx's word for it; nobody is there to read it
+
+
+def _allowed(routes: Sequence[BaseRoute], scope: Scope) -> str:
+    """Return the methods of all routes with the request's path (RFC 9110, 15.5.6)."""
+    found = {
+        method
+        for route in routes
+        if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE
+        for method in route.methods or ()
+    }
+    return ", ".join(sorted(found | ({"HEAD"} if "GET" in found else set())))
 
 
 def answer_to(scope: Scope, problem: Problem) -> JSONResponse:
@@ -59,8 +74,10 @@ def _answer(
     trace = current()
     if trace is not None:
         trace.problem = kind_of(title)
-    # The Open Inference Protocol's clients look for `error`; RFC 9457 allows members of one's own.
-    extra = {"error": detail} if scope["path"].startswith("/v2") else {}
+    # The Open Inference Protocol's clients and Hugging Face's, which post to /, show what is in
+    # `error`; RFC 9457 allows members of one's own.
+    is_foreign = scope["path"] == "/" or scope["path"].startswith("/v2")
+    extra = {"error": detail} if is_foreign else {}
     return problem_response(status, detail, title, headers, extra)
 
 

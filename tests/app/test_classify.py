@@ -1,6 +1,7 @@
 """`POST /classify` and `/classify/batch`, through HTTP."""
 
 import asyncio
+import gzip
 import json
 import re
 from typing import Any
@@ -15,6 +16,7 @@ from app.predictions import softmax
 from app.settings import Settings
 from tests.conftest import Serve
 from tests.fakes import FakeEngine, encode, make_card, make_image
+from tests.processes import Server
 
 RED, GREEN, BLUE = (250, 0, 0), (0, 250, 0), (0, 0, 250)
 JPEG = {"Content-Type": "image/jpeg"}
@@ -25,7 +27,8 @@ def problem(answer: httpx2.Response, status: int) -> dict[str, Any]:
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
     body: dict[str, Any] = answer.json()
-    assert set(body) == {"type", "title", "status", "detail"}
+    foreign = {"error"} if answer.url.path == "/" or answer.url.path.startswith("/v2") else set()
+    assert set(body) == {"type", "title", "status", "detail"} | foreign
     assert body["status"] == status
     return body
 
@@ -246,6 +249,34 @@ class TestErrors:
         answer = client.get("/classify")
         problem(answer, 405)
         assert answer.headers["allow"] == "POST"
+        for path, methods in (
+            ("/", "GET, HEAD, POST"),
+            ("/livez", "GET, HEAD"),
+            ("/v2", "GET, HEAD"),
+        ):
+            assert client.put(path).headers["allow"] == methods
+        problem(client.put("/openapi.json"), 405)
+
+    def test_other_spellings_lead_nowhere(self, client: TestClient) -> None:
+        """A path with one slash more is not found: a redirect would have the image sent twice."""
+        problem(client.post("/classify/", content=make_image(), follow_redirects=False), 404)
+
+    def test_head(self, live: Server) -> None:
+        """HEAD answers wherever GET does, with the same headers and no body."""
+        for path in ("/", "/livez", "/model", "/metrics", "/docs", "/static/page.js", "/v2"):
+            got, head = httpx2.get(f"{live.url}{path}"), httpx2.head(f"{live.url}{path}")
+            assert head.status_code == got.status_code == 200, path
+            assert head.headers["content-type"] == got.headers["content-type"]
+            assert head.content == b""
+        assert httpx2.head(f"{live.url}/classify").status_code == 405
+
+    @pytest.mark.parametrize("path", ["/classify", "/explain", "/", "/v2/models/fake/infer"])
+    def test_coded_body(self, client: TestClient, path: str) -> None:
+        """A body with a Content-Encoding is a 415 problem that says what is taken instead."""
+        packed = gzip.compress(make_image())
+        answer = client.post(path, content=packed, headers={**JPEG, "Content-Encoding": "gzip"})
+        assert "without Content-Encoding" in problem(answer, 415)["detail"]
+        assert answer.headers["accept-encoding"] == "identity"
 
     def test_queue_full(self, serve: Serve) -> None:
         """A request that finds no room is a 429 problem with Retry-After; the next one passes."""

@@ -1,6 +1,7 @@
 """Clients that exist already: Hugging Face's, Triton's, and those with nothing but JSON."""
 
 import base64
+import json
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ class TestHuggingFace:
 
     def test_problem(self, live: Server) -> None:
         """What is no image reaches the client as an error of its own with our words in it."""
-        with pytest.raises(HfHubHTTPError, match="415"):
+        with pytest.raises(HfHubHTTPError, match="not a JPEG"):
             InferenceClient(live.url).image_classification(b"hello")
 
     @pytest.mark.parametrize(
@@ -240,6 +241,24 @@ class TestInferenceProtocol:
             "data": ["green", "red"],
         }
         assert [output["name"] for output in found["outputs"]] == ["label", "index", "score"]
+
+    def test_form_of_named_outputs(self, client: TestClient) -> None:
+        """The request's `binary_data_output` holds for outputs that say nothing of their form."""
+        outputs = [{"name": "label"}, {"name": "score", "parameters": {"binary_data": False}}]
+        asked = {**self.body(), "outputs": outputs, "parameters": {"binary_data_output": True}}
+        answer = client.post(self.URL, json=asked)
+        length = int(answer.headers["inference-header-content-length"])
+        label, score = json.loads(answer.content[:length])["outputs"]
+        assert label["parameters"]["binary_data_size"] == len(answer.content) - length
+        assert len(score["data"]) == 3
+
+    @pytest.mark.parametrize("count", [True, 0, "2"])
+    def test_classification_is_a_number(self, client: TestClient, count: object) -> None:
+        """A `classification` that is no positive whole number is a 422 problem."""
+        outputs = [{"name": "probabilities", "parameters": {"classification": count}}]
+        answer = client.post(self.URL, json={**self.body(), "outputs": outputs})
+        assert "classification" in answer.json()["detail"]
+        assert answer.status_code == 422
 
     def test_rows_as_lists(self, client: TestClient) -> None:
         """A tensor may be written as nested lists."""

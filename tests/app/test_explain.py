@@ -66,6 +66,21 @@ def test_png(client: TestClient) -> None:
     assert green[1] < 100  # darkened, and drained of its color
 
 
+@pytest.mark.parametrize(
+    ("accept", "media_type"),
+    [
+        ("text/html, IMAGE/PNG;q=0.5", "image/png"),
+        ("image/png;q=0, application/json", "application/json"),
+        ("image/*", "application/json"),
+        ("*/*", "application/json"),
+    ],
+)
+def test_accept(client: TestClient, accept: str, media_type: str) -> None:
+    """The picture comes where Accept names PNG and does not rule it out, else JSON."""
+    answer = client.post("/explain", content=corner(), headers={"Accept": accept})
+    assert answer.headers["content-type"] == media_type
+
+
 def test_inferences_are_bounded(serve: Serve) -> None:
     """A fine grid is hidden in larger cells, so that one explanation costs at most 256 images."""
     engine = FakeEngine(card=make_card(image_size=4 * 40))

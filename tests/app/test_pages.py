@@ -48,9 +48,13 @@ def test_redoc_nonce_is_fresh(client: TestClient) -> None:
 def test_files_are_sent_once(client: TestClient) -> None:
     """A browser that has a file gets 304 for it."""
     first = client.get("/static/page.js")
-    again = client.get("/static/page.js", headers={"If-None-Match": first.headers["etag"]})
-    assert again.status_code == 304
-    assert not again.content
+    tag = first.headers["etag"]
+    for held in (tag, f"W/{tag}", f'"other", {tag}', "*"):
+        again = client.get("/static/page.js", headers={"If-None-Match": held})
+        assert again.status_code == 304
+        assert not again.content
+    other = client.get("/static/page.js", headers={"If-None-Match": '"other"'})
+    assert other.content == first.content
 
 
 @pytest.mark.parametrize("name", ["nothing.js", "index.html", "..%2fmain.py", "%2e%2e/main.py"])
