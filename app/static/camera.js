@@ -7,11 +7,14 @@
 export async function takePhoto(dialog) {
   const stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
   const video = dialog.querySelector("video");
+  const shoot = dialog.querySelector("#shoot");
+  shoot.disabled = true; // before the first frame there is no photo
+  video.onloadeddata = () => (shoot.disabled = false);
   video.srcObject = stream;
   dialog.showModal();
   try {
     return await new Promise((done) => {
-      dialog.querySelector("#shoot").onclick = () => capture(video).then(done);
+      shoot.onclick = () => capture(video).then(done);
       dialog.querySelector("#leave").onclick = () => done(null);
       dialog.oncancel = () => done(null);
     });

@@ -1,6 +1,6 @@
 // One image and what the service says of it.
 
-import { request } from "./service.js";
+import { request, unreadable } from "./service.js";
 
 const TOP_K = 5;
 const ADVICE = {
@@ -45,7 +45,12 @@ export class Card {
     this.show(fewer ? await this.post("classify") : answer);
   }
 
-  post(path, headers = {}) {
+  async post(path, headers = {}) {
+    try {
+      await this.file.slice(0, 1).arrayBuffer();
+    } catch {
+      return { timing: new Map(), problem: { detail: "This file cannot be read any more, or is a folder." } };
+    }
     const type = this.file.type || "application/octet-stream";
     return request(path, {
       method: "POST",
@@ -58,6 +63,7 @@ export class Card {
     this.isDone = true;
     this.find(".waiting").hidden = true;
     if (problem) return this.showProblem(problem);
+    if (!body.image || !Array.isArray(body.predictions)) return this.showProblem(unreadable(200));
     const { width, height, format } = body.image;
     this.find(".size").textContent = `${width} × ${height} ${format}`;
     this.find(".predictions").replaceChildren(...body.predictions.map(bar));
@@ -67,10 +73,14 @@ export class Card {
 
   showProblem(problem) {
     this.problem = problem;
+    this.say(problem);
+    this.find(".again").hidden = problem.status === 415 || problem.status === 422;
+  }
+
+  say(problem) {
     const text = [problem.detail ?? problem.title, ADVICE[problem.status]].filter(Boolean).join(" ");
     this.find(".problem").textContent = text;
     this.find(".problem").hidden = false;
-    this.find(".again").hidden = problem.status === 415 || problem.status === 422;
   }
 
   showTiming(timing) {
@@ -100,13 +110,15 @@ export class Card {
   /** Show which patches speak for the label; a second click shows the photo again. */
   async explain() {
     const button = this.find(".why");
+    if (button.getAttribute("aria-disabled") === "true") return;
     if (!this.overlay) {
-      button.disabled = true;
+      this.find(".problem").hidden = true;
+      button.setAttribute("aria-disabled", "true"); // `disabled` would take the keyboard's focus away
       button.textContent = "Looking…";
       const { blob, problem } = await this.post("explain", { Accept: "image/png" });
-      button.disabled = false;
+      button.removeAttribute("aria-disabled");
       button.textContent = "Why this label?";
-      if (problem) return this.showProblem(problem);
+      if (!blob) return this.say(problem ?? unreadable(200)); // the label still stands
       this.overlay = URL.createObjectURL(blob);
     }
     const shown = button.getAttribute("aria-pressed") === "true";

@@ -2,7 +2,7 @@
 
 import { takePhoto } from "./camera.js";
 import { Card } from "./card.js";
-import { keepKey, request } from "./service.js";
+import { hasKey, keepKey, request } from "./service.js";
 
 // As many requests at once as keep a small service busy; the others wait here rather than there.
 const AT_ONCE = 4;
@@ -15,23 +15,30 @@ const results = one("#results");
 const cards = new Set();
 const waiting = [];
 let running = 0;
+let leftOut = ""; // of the files that came last
+let lastName = "photo.jpg";
+let isViewing = false;
 
 function add(files) {
   const images = [...files].filter((file) => file.type === "" || file.type.startsWith("image/"));
-  for (const file of images) {
+  const undone = [...cards].filter((card) => !card.isDone).length;
+  const taken = images.slice(0, Math.max(0, MOST_CARDS - undone));
+  leftOut = [
+    images.length < files.length &&
+      `${files.length - images.length} of the files are no images and were left out.`,
+    taken.length < images.length &&
+      `${images.length - taken.length} were left out: this page holds ${MOST_CARDS} images.`,
+  ].filter(Boolean).join(" ");
+  for (const file of taken) {
     const card = new Card(file, (again) => enqueue(again));
     cards.add(card);
     results.prepend(card.element);
     enqueue(card);
   }
-  while (cards.size > MOST_CARDS) {
-    const [oldest] = cards;
-    remove(oldest);
-  }
-  if (images.length) showCommand(images[0].name);
-  if (images.length < files.length) {
-    tell(`${files.length - images.length} of the files are no images and were left out.`);
-  }
+  const done = [...cards].filter((card) => card.isDone);
+  done.slice(0, Math.max(0, cards.size - MOST_CARDS)).forEach(remove);
+  if (taken.length) showCommand(taken[0].name);
+  tellProgress();
 }
 
 function enqueue(card) {
@@ -42,13 +49,16 @@ function enqueue(card) {
 
 async function work() {
   running += 1;
-  while (waiting.length) {
-    const card = waiting.shift();
-    await card.classify();
-    if (card.problem?.status === 401) one("#access").hidden = false;
-    tellProgress();
+  try {
+    while (waiting.length) {
+      const card = waiting.shift();
+      await card.classify();
+      if (card.problem?.status === 401) one("#access").hidden = false;
+      tellProgress();
+    }
+  } finally {
+    running -= 1; // whatever happens: the others would else wait for ever
   }
-  running -= 1;
 }
 
 function remove(card) {
@@ -64,22 +74,32 @@ function tellProgress() {
   const done = [...cards].filter((card) => card.isDone).length;
   const failed = [...cards].filter((card) => card.problem).length;
   one("#clear").hidden = cards.size === 0;
-  if (cards.size === 0) return tell("Nothing classified yet.");
+  if (cards.size === 0) return tell(leftOut || "Nothing classified yet.");
   const trouble = failed ? `, ${failed} with a problem` : "";
-  tell(`${done} of ${cards.size} ${cards.size === 1 ? "image" : "images"} done${trouble}.`);
+  const progress = `${done} of ${cards.size} ${cards.size === 1 ? "image" : "images"} done${trouble}.`;
+  tell(`${progress} ${leftOut}`.trim());
 }
 
 function showCommand(name) {
-  const file = /^[\w.-]+$/.test(name) ? name : `'${name.replaceAll("'", "'\\''")}'`;
-  const url = new URL("classify", document.baseURI);
-  one("#command").textContent = `curl -F file=@${file} ${url}`;
+  lastName = name;
+  // For curl a comma or semicolon ends a name outside of quotes.
+  const quoted = `"${name.replaceAll("\\", "\\\\").replaceAll('"', '\\"')}"`;
+  const field = /^[\w.-]+$/.test(name) ? `file=@${name}` : `'file=@${quoted.replaceAll("'", "'\\''")}'`;
+  const key = hasKey() ? '-H "X-API-Key: $KEY" ' : "";
+  one("#command").textContent = `curl ${key}-F ${field} ${new URL("classify", document.baseURI)}`;
 }
 
+/** Show the model card; return whether the service let us see it, without a key or with this one. */
 async function showModel() {
   const answer = await request("model", { method: "GET" });
+  one("#access").hidden = answer.problem?.status !== 401;
+  if (answer.problem?.status === 401) return false;
   if (answer.problem) {
-    one("#access").hidden = answer.problem.status !== 401;
-    return;
+    one("#model").replaceChildren(
+      Object.assign(document.createElement("dt"), { textContent: "Not shown" }),
+      Object.assign(document.createElement("dd"), { textContent: answer.problem.detail }),
+    );
+    return true;
   }
   const card = answer.body;
   const { image_size: size, patch_size: patch } = card.preprocessing;
@@ -105,6 +125,7 @@ async function showModel() {
       Object.assign(document.createElement("li"), { textContent: label }),
     ),
   );
+  return true;
 }
 
 for (const input of [one("#files"), one("#snapshot")]) {
@@ -117,11 +138,15 @@ one("#choose").addEventListener("click", () => one("#files").click());
 one("#camera").addEventListener("click", async () => {
   const touch = matchMedia("(pointer: coarse)").matches;
   if (touch || !navigator.mediaDevices) return one("#snapshot").click();
+  if (isViewing) return; // a second stream would stay on
+  isViewing = true;
   try {
     const photo = await takePhoto(one("#viewfinder"));
     if (photo) add([photo]);
   } catch (error) {
     tell(`The camera cannot be used: ${error.message}.`);
+  } finally {
+    isViewing = false;
   }
 });
 
@@ -146,7 +171,9 @@ document.addEventListener("paste", (event) => {
 one("#clear").addEventListener("click", () => {
   waiting.length = 0;
   for (const card of cards) remove(card);
+  leftOut = "";
   tellProgress();
+  one("#choose").focus(); // the button that had the focus is gone
 });
 one("#copy").addEventListener("click", async () => {
   try {
@@ -159,13 +186,19 @@ one("#copy").addEventListener("click", async () => {
   }
   setTimeout(() => (one("#copy").textContent = "Copy"), 2000);
 });
-one("#access").addEventListener("submit", (event) => {
+one("#access").addEventListener("submit", async (event) => {
   event.preventDefault();
   keepKey(one("#key").value);
-  one("#access").hidden = true;
-  showModel();
+  one("#unknown").textContent = "";
+  if (!(await showModel())) {
+    one("#unknown").textContent = "The service does not know this key.";
+    one("#key").select();
+    return;
+  }
+  showCommand(lastName);
+  one("#choose").focus();
   for (const card of cards) if (card.problem?.status === 401) enqueue(card);
 });
 
-showCommand("photo.jpg");
+showCommand(lastName);
 showModel();

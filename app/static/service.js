@@ -7,12 +7,17 @@ export function keepKey(key) {
   sessionStorage.setItem("key", key);
 }
 
+export function hasKey() {
+  return Boolean(sessionStorage.getItem("key"));
+}
+
 /**
  * Ask the service. Busy answers are tried again after their Retry-After.
  * @returns {Promise<{body?: any, blob?: Blob, timing: Map<string, number>, problem?: object}>}
  */
 export async function request(path, options) {
-  const key = sessionStorage.getItem("key");
+  // The service knows keys by their UTF-8 bytes; a header takes one character for each byte.
+  const key = String.fromCharCode(...new TextEncoder().encode(sessionStorage.getItem("key") ?? ""));
   const headers = { ...options.headers, ...(key ? { "X-API-Key": key } : {}) };
   for (let attempt = 1; ; attempt += 1) {
     let answer;
@@ -34,14 +39,15 @@ async function read(answer) {
   const timing = parseTiming(answer.headers.get("Server-Timing") ?? "");
   const type = answer.headers.get("Content-Type") ?? "";
   if (answer.ok && type.startsWith("image/")) return { timing, blob: await answer.blob() };
-  try {
-    const body = await answer.json();
-    return answer.ok ? { timing, body } : { timing, problem: body };
-  } catch {
-    // Not ours: something between the browser and the service has answered.
-    const detail = `The answer cannot be read (status ${answer.status}).`;
-    return { timing, problem: { status: answer.status, detail } };
-  }
+  const expected = answer.ok ? "application/json" : "application/problem+json";
+  const body = type.startsWith(expected) ? await answer.json().catch(() => null) : null;
+  if (body === null || typeof body !== "object") return { timing, problem: unreadable(answer.status) };
+  return answer.ok ? { timing, body } : { timing, problem: body };
+}
+
+/** What to say where something between the browser and the service has answered. */
+export function unreadable(status) {
+  return { status, detail: `The answer cannot be read (status ${status}).` };
 }
 
 function parseTiming(header) {

@@ -149,6 +149,43 @@ def test_several_with_a_bad_one(page: Browser, photos: list[Path]) -> None:
     assert not page.find_elements(By.CLASS_NAME, "card")
 
 
+def test_answers_of_others(page: Browser, photos: list[Path]) -> None:
+    """What a gateway answers is told with its status, and the images after it are classified."""
+    page.execute_script(
+        """
+        window.kept = window.fetch;
+        const answers = [["null", 502], ["{}", 200], ['{"message": "No"}', 403], ["<p>", 200]];
+        window.fetch = async () => {
+          const [body, status] = answers.pop();
+          return new Response(body, { status, headers: { "Content-Type": "application/json" } });
+        };
+        """
+    )
+    told = sorted(card["problem"][-13:] for card in upload(page, *photos))
+    assert told == ["(status 200)."] * 2 + ["(status 403).", "(status 502)."]
+    page.execute_script("window.fetch = window.kept")
+    page.find_element(By.ID, "clear").click()
+    [card] = upload(page, photos[0])
+    assert len(card["predictions"]) == 5
+
+
+def test_more_than_a_page_holds(page: Browser, tmp_path: Path) -> None:
+    """What a page cannot hold, or is no image, is said to be left out, and stays said."""
+    files = [tmp_path / f"{number}.png" for number in range(203)]
+    for file in files:
+        Image.new("RGB", (8, 8)).save(file)
+    (tmp_path / "notes.txt").write_text("hello")
+    page.find_element(By.ID, "files").send_keys(
+        "\n".join(map(str, [*files, tmp_path / "notes.txt"]))
+    )
+    status = page.find_element(By.ID, "status")
+    wait(page, lambda: status.text.startswith("200 of 200 images done"))
+    assert "1 of the files are no images" in status.text
+    assert "3 were left out: this page holds 200" in status.text
+    names = [card.text for card in page.find_elements(By.CSS_SELECTOR, ".card .name")]
+    assert names == [file.name for file in files[199::-1]]
+
+
 @pytest.mark.parametrize("event", ["drop", "paste"])
 def test_drop_and_paste(page: Browser, event: str) -> None:
     """Images that are dropped or pasted are classified as well."""
@@ -203,12 +240,55 @@ def test_why(page: Browser, photos: list[Path]) -> None:
     assert complaints(page) == []
 
 
-def test_command(page: Browser, photos: list[Path]) -> None:
-    """The command that the page shows works in a terminal."""
+def test_camera_is_opened_once(page: Browser) -> None:
+    """A second click while the camera is being opened starts no second stream."""
+    page.execute_script(
+        """
+        window.streams = [];
+        const media = navigator.mediaDevices, open = media.getUserMedia.bind(media);
+        media.getUserMedia = async (wish) => {
+          const stream = await open(wish);
+          window.streams.push(stream);
+          return stream;
+        };
+        const camera = document.querySelector("#camera");
+        camera.click();
+        camera.click();
+        """
+    )
+    wait(page, lambda: page.find_element(By.ID, "shoot").is_enabled())
+    page.find_element(By.ID, "leave").click()
+    wait(page, lambda: not page.find_element(By.ID, "viewfinder").is_displayed())
+    states = page.execute_script("return streams.map((one) => one.getTracks()[0].readyState)")
+    assert states == ["ended"]
+
+
+def test_why_fails(page: Browser, photos: list[Path]) -> None:
+    """An explanation that fails is said, costs the label nothing, and is gone with the next try."""
+    upload(page, photos[0])
+    button = page.find_element(By.CLASS_NAME, "why")
+    problem = page.find_element(By.CSS_SELECTOR, ".card .problem")
+    page.execute_script(
+        "window.kept = window.fetch; window.fetch = () => Promise.reject(new TypeError('gone'))"
+    )
+    button.send_keys("\ue007")
+    wait(page, lambda: "cannot be reached" in problem.text)
+    assert page.switch_to.active_element == button
+    assert page.find_element(By.ID, "status").text == "1 of 1 image done."
+    assert not page.find_element(By.CLASS_NAME, "again").is_displayed()
+    page.execute_script("window.fetch = window.kept")
+    button.click()
+    wait(page, lambda: button.get_attribute("aria-pressed") == "true")
+    assert not problem.is_displayed()
+
+
+@pytest.mark.parametrize("name", ["photo 0.png", """it's a "cat", or; a dog.png"""])
+def test_command(page: Browser, photos: list[Path], name: str) -> None:
+    """The command that the page shows works in a terminal, whatever the file's name."""
     curl = shutil.which("curl")
     if curl is None:
         pytest.skip("curl is not installed")
-    [card] = upload(page, photos[0])
+    [card] = upload(page, photos[0].rename(photos[0].with_name(name)))
     command = shlex.split(page.find_element(By.ID, "command").text)
     assert command[0] == "curl"
     done = subprocess.run(
@@ -291,12 +371,20 @@ def test_docs_offline(browser: Browser, live: Server, path: str, selector: str, 
 def test_api_key(browser: Browser, tmp_path: Path, photos: list[Path]) -> None:
     """A service with API keys asks for one on the page, and then works."""
     keys = tmp_path / "keys"
-    keys.write_text("open sesame\n")
+    keys.write_text("schl\u00fcssel\n")
     with serving(tmp_path / "log", "--api-keys-file", str(keys)) as server:
         page = show(browser, server.url)
         assert "API key" in page.find_element(By.ID, "access").text
-        page.find_element(By.ID, "key").send_keys("open sesame")
-        page.find_element(By.CSS_SELECTOR, "#access button").click()
+        form, key = page.find_element(By.ID, "access"), page.find_element(By.ID, "key")
+        assert form.location["y"] < page.find_element(By.ID, "drop").location["y"]
+        key.send_keys("wrong\u20ac")
+        key.submit()
+        wait(page, lambda: "does not know this key" in form.text)
+        assert page.switch_to.active_element == key
+        key.send_keys("schl\u00fcssel")  # in the place of the other, which is selected
+        key.submit()
         wait(page, lambda: page.find_elements(By.CSS_SELECTOR, "#model dt"))
+        assert not form.is_displayed()
         [card] = upload(page, photos[0])
         assert len(card["predictions"]) == 5
+        assert '-H "X-API-Key: $KEY"' in page.find_element(By.ID, "command").text
