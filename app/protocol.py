@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.access import answer, report
 from app.clock import Clock
+from app.door import OPEN_PATHS
 from app.errors import PROBLEM_JSON, BodyTimeout, kind_of, problem_json
 from app.express import Express, express
 from app.farewell import Farewell, has_hung_up
@@ -39,7 +40,12 @@ LAST_WORD_S = 1.0
 MAX_PIPELINED = 32
 # How often a client is looked at that has sent more than it has answers to.
 WATCH_S = 0.1
-# Over the limit, so many connections may read their refusal in peace; those of a flood are closed.
+# Over the limit, so many connections may still ask whether the service is well, and soon: neither
+# an orchestrator nor Prometheus shall take a full replica for a dead one.
+MAX_PROBES = 16
+PROBE_TIMEOUT_S = 1.0
+FULL = (503, "Too many connections", "This replica has no connection to spare.")
+# Beyond those, so many connections may read their refusal in peace; those of a flood are closed.
 MAX_FAREWELLS = 64
 # When the listener has closed, time for the first request of a connection opened just before.
 LAST_CALL_S = 0.5
@@ -64,6 +70,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._body_bytes = 0  # of this message
         self._allowance = MAX_HEADER_BYTES  # bytes that may still come for this message
         self._watch: asyncio.TimerHandle | None = None
+        self._is_spare = False  # over the limit of connections: for probes only
         self._owed = 0  # bytes of this message's body that go past the parser
         self._express: Express | None = None  # the request that is served without ASGI
         self._before = self.cycle  # the request before the last
@@ -75,11 +82,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._farewell = Farewell(transport, self.loop, lambda: self._begun)
         super().connection_made(self._farewell)
         excess = len(self.connections) - self.settings.max_connections
-        if excess > 0:
-            self._begun = excess <= MAX_FAREWELLS  # the request will come, or is coming
-            self._refuse(503, "Too many connections", "This replica has no connection to spare.")
+        self._is_spare = excess > 0
+        if excess > MAX_PROBES:
+            self._begun = (
+                excess <= MAX_PROBES + MAX_FAREWELLS
+            )  # the request will come, or is coming
+            self._refuse(*FULL)
             return
-        self._start_clock(self.settings.header_timeout_s)
+        self._start_clock(PROBE_TIMEOUT_S if self._is_spare else self.settings.header_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clocks, and whatever is being done for the client."""
@@ -142,9 +152,12 @@ class BoundedProtocol(HttpToolsProtocol):
         """Give the body its own time.
 
         Raises:
-            OverflowError: too many requests ahead of their answers, headers too large, or a coding
-                that is none of ours; it stops the parser.
+            OverflowError: too many requests ahead of their answers, headers too large, a coding
+                that is none of ours, or no probe where only those are taken; it stops the parser.
         """
+        if self._is_spare and self.url.partition(b"?")[0].decode("latin-1") not in OPEN_PATHS:
+            self._refuse(*FULL)
+            raise OverflowError("this connection is for probes")
         size = len(self.url) + sum(map(len, chain.from_iterable(self.headers)))
         if size + 4 * len(self.headers) > MAX_HEADER_BYTES:  # all of it in one read
             self._refuse_headers()
@@ -171,9 +184,10 @@ class BoundedProtocol(HttpToolsProtocol):
         except Exception:
             self._in_headers = True  # no request has come of them
             raise
-        if self.expect_100_continue or self.parser.should_upgrade():
+        if self.expect_100_continue or self.parser.should_upgrade() or self._is_spare:
             # After an early answer nobody could tell whether the body still comes (RFC 9110,
-            # 10.1.1), nor after an upgrade that we pass over, which protocol.
+            # 10.1.1), nor after an upgrade that we pass over, which protocol. And a place for a
+            # probe is for the next probe.
             self.cycle.keep_alive = False
         if self.pipeline and self._watch is None:
             self._watch = self.loop.call_later(WATCH_S, self._watch_client)
@@ -237,7 +251,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _take_usual(self, data: bytes) -> bytes:
         """Serve the usual requests that `data` begins with; return what is for the parser."""
-        while data and not self._begun and (self.cycle is None or self.cycle.response_complete):
+        while (
+            data
+            and not (self._begun or self._is_spare)
+            and (self.cycle is None or self.cycle.response_complete)
+        ):
             head = read_head(data)
             if head is None or head.body_size > self.settings.max_upload_bytes:
                 break
@@ -398,6 +416,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """Answer below the application and close."""
         if self.transport.is_closing():
             return
+        if self._is_spare:  # whatever came: there was no place for it
+            status, title, detail = FULL
         if self.cycle is not None and not self.cycle.response_complete:
             # What came in order is answered: a second answer would be read as a part of the first.
             if self._in_headers or self.pipeline:

@@ -99,7 +99,7 @@ def test_four_batches_of_a_slow_model(fake: Start) -> None:
 
 
 def test_connections(fake: Start, figure: Figure) -> None:
-    """The connection beyond `max_connections` is told so and closed; then others may come."""
+    """The connection beyond `max_connections` is told so, but for probes; then others may come."""
     with fake(max_connections=20) as server:
         held = [dial(server.url) for _ in range(20)]
         time.sleep(0.2)
@@ -113,10 +113,32 @@ def test_connections(fake: Start, figure: Figure) -> None:
                     time.sleep(0.05)
                     one_more.sendall(piece)
                 assert b" 503 " in read_answer(one_more)
+        for path in ("/livez", "/readyz", "/metrics"):
+            with dial(server.url) as probe:
+                probe.sendall(get(path))
+                answer = read_answer(probe)
+            assert b" 200 " in answer, path
         for client in held:
             client.close()
         time.sleep(0.2)
         assert one(server.url, get("/livez")).status == 200
+
+
+def test_connections_beyond_the_probes(fake: Start) -> None:
+    """A flood of idle connections is told at once, and a second later probes are answered."""
+    with fake(max_connections=20) as server:
+        held = [dial(server.url) for _ in range(36)]
+        time.sleep(0.2)
+        with dial(server.url) as one_more:
+            began = time.monotonic()
+            assert b" 503 " in read_answer(one_more)
+            assert time.monotonic() - began < 0.5
+        time.sleep(1.2)
+        with dial(server.url) as probe:
+            probe.sendall(get("/livez"))
+            assert b" 200 " in read_answer(probe)
+        for client in held:
+            client.close()
 
 
 def test_memory_at_the_limit_of_bodies(fake: Start, figure: Figure) -> None:
