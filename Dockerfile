@@ -73,7 +73,7 @@ ENV PATH=/opt/mixer/bin:${PATH} \
 # A number, so that an orchestrator can see that it is not root.
 USER 10001:10001
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
+HEALTHCHECK --interval=10s --timeout=3s --start-period=300s --retries=3 \
     CMD ["python3", "/opt/mixer/healthcheck.py"]
 CMD ["mixer-serve"]
 

@@ -71,6 +71,7 @@ def nginx_file(replicas: Sequence[int], port: int, folder: Path) -> str:
     text = _replace(text, r"server mixer:8000 resolve [^;]*;", servers)
     text = _replace(text, r"listen 8080;", f"listen 127.0.0.1:{port};")
     text = _replace(text, r" /tmp/", f" {folder}/")
+    text = _replace(text, r"(?m)^error_log \S+ error;", "error_log /dev/stderr warn;")  # ejections
     return _replace(text, r"/dev/std(?:err|out)", str(folder / "nginx.log"))
 
 

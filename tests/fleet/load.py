@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 ANSWER_TIMEOUT_S = 40.0  # above everything that a balancer may wait for, retries included
+UPLOAD_S = 0.02  # between a head and its body: neither comes with the other, as over any network
 BROKEN = 0  # the status of an answer that never came, or came in pieces
 
 
@@ -106,7 +107,9 @@ async def _exchange(port: int, photo: bytes) -> tuple[int, dict[str, str], bytes
             "POST /classify HTTP/1.1\r\nHost: fleet\r\nConnection: close\r\n"
             f"Content-Type: image/jpeg\r\nContent-Length: {len(photo)}\r\n\r\n"
         )
-        writer.write(head.encode() + photo)
+        writer.write(head.encode())
+        await asyncio.sleep(UPLOAD_S)
+        writer.write(photo)
         first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         headers = dict(line.lower().split(": ", 1) for line in lines if line)
         body = await reader.readexactly(int(headers["content-length"]))

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
+import numpy as np
 import pytest
 from PIL import Image
 
-from tests.fakes import encode, make_image
+from tests.fakes import encode
 from tests.fleet.balancers import PROGRAMS, Balancer, balancing
 from tests.fleet.load import Report, loading, saturate
 from tests.fleet.replicas import Replica
@@ -25,7 +26,9 @@ REPLICAS = 3
 SETTLE_S = 3.0  # a balancer's longest wait before it uses a replica again (2 s), and a little
 MOST_RATE = 40.0  # requests a second; more would measure what else the machine does
 SLOTS = 4  # requests in flight per replica in the overload test: small, so that it is overloaded
-PHOTO = make_image((20, 90, 200), "JPEG", side=256)
+# As large as photos are: about 100 kB.
+_NOISE = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+PHOTO = encode(Image.fromarray(_NOISE), "JPEG", quality=90)
 
 Fleet = tuple[Balancer, list[Replica]]
 
@@ -147,6 +150,13 @@ def test_a_replica_with_a_broken_model_gets_no_request(fleet: Fleet, tmp_path: P
             assert replicas[0].wait() == 1
     _show("broken model", balancer, report)
     assert report.failed == 0, report
+
+
+def test_metrics_stay_inside(fleet: Fleet) -> None:
+    """However its path is spelled, the balancer hands /metrics to nobody."""
+    balancer, _ = fleet
+    for path in ("/metrics", "/%6detrics", "/metrics?x", "//metrics"):
+        assert httpx2.get(f"{balancer.url}{path}").status_code == 404, path
 
 
 def test_answers_are_the_replicas_own(fleet: Fleet) -> None:
