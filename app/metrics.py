@@ -27,6 +27,8 @@ _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 # Answers by which the service protects itself or its operator, rather than finding a fault.
 _REFUSALS = frozenset({401, 408, 413, 429, 431, 503, 504})
+# Of these, the ones that took what a request takes.
+_WAITED = frozenset({408, 504})
 
 
 class Metrics:
@@ -44,7 +46,7 @@ class Metrics:
         self._received = self._counter("received_bytes", "Bytes of bodies received")
         self._request_s = self._histogram(
             "request_seconds",
-            "From a request's headers to the end of its answer",
+            "From a request's headers to the end of its answer, refusals at the door left out",
             _SECONDS,
             "route",
         )
@@ -72,15 +74,15 @@ class Metrics:
     def finish_request(self, trace: Trace, route: str, status: int, seconds: float) -> None:
         """Count one answered request; `route` is a template of ours, never a client's path."""
         self._requests.add(1, route, str(status), trace.problem or "ok")
-        self._request_s.observe(seconds, route)
+        if status not in _REFUSALS or status in _WAITED:  # else overload would look fast
+            self._request_s.observe(seconds, route)
         self._received.add(trace.received_bytes)
         if status in _REFUSALS:
             self._refusals.add(1, trace.reason or trace.problem or "other")
 
-    def refuse(self, route: str, status: str, outcome: str, reason: str, seconds: float) -> None:
+    def refuse(self, route: str, status: str, outcome: str, reason: str) -> None:
         """Count one request as `finish_request` does that the door refused, its body unread."""
         self._requests.add(1, route, status, outcome)
-        self._request_s.observe(seconds, route)
         self._refusals.add(1, reason)
 
     def finish_image(self, stages: Stages | None, outcome: str) -> None:

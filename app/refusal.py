@@ -48,15 +48,14 @@ def refuse(
     started = time.perf_counter()
     request_id = name_of(fields.get(b"x-request-id", b"").decode("latin-1"))
     start, end, members = _constant(refusal, path, *default_headers)
-    seconds = time.perf_counter() - started
-    total_ms = f"{seconds * 1000:.2f}"
+    total_ms = f"{(time.perf_counter() - started) * 1000:.2f}"
     timing, members = f"total;dur={total_ms}", members + total_ms
     if b"traceparent" in fields:
         trace = new_trace(request_id, fields[b"traceparent"].decode("latin-1"))
         if trace.parent is not None:
             timing += f"\r\ntraceparent: {trace.traceparent}"
             members += f',"trace_id":"{trace.trace_id}","span_id":"{trace.span_id}"'
-    service.metrics.refuse(path, _STATUS, _KIND, refusal.reason, seconds)
+    service.metrics.refuse(path, _STATUS, _KIND, refusal.reason)
     write_request(logger, logging.INFO, request_id, members)
     return f"{start}{request_id}\r\nserver-timing: {timing}{end}".encode("latin-1")
 

@@ -31,6 +31,7 @@ from app.main import create_app
 from app.nursery import nursery
 from app.protocol import bounded
 from app.settings import Settings, read_settings
+from app.start import end_when_told
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if settings.api_keys_file is not None:
             ApiKeys(settings.api_keys_file)  # refused now, if at all, and not after the model
-        _end_when_told()
+        end_when_told()
         listener = _bind(settings)
         nursery()  # it loads what decoders need while the model is loaded here
         settings = _allow_descriptors(settings)
@@ -84,15 +85,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     DrainingServer(app, settings).run(sockets=[listener])
     return 0
-
-
-def _end_when_told() -> None:
-    """End at once on a signal until the server listens to it: there is nothing yet to drain.
-
-    The first process of a container would else not hear of it at all (signal(7), pid_namespaces).
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: os._exit(128 + received))
 
 
 def _open(settings: Settings) -> OnnxEngine:

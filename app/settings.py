@@ -171,6 +171,7 @@ def read_settings(
     Raises:
         StartupError: an unknown or out-of-range setting, named with its value and its range.
     """
+    flags = vars(_parser().parse_args(arguments))  # first: it may be a call for help
     values: dict[str, str] = {}
     shown: dict[str, str] = {}  # how the operator spelled each setting
     for variable, value in environment.items():
@@ -179,7 +180,7 @@ def read_settings(
             if name not in Settings.model_fields or variable != variable.upper():
                 raise StartupError(f"{variable}={value}: no such setting; see mixer-serve --help")
             values[name], shown[name] = value, f"{variable}={value}"
-    for name, value in vars(_parser().parse_args(arguments)).items():
+    for name, value in flags.items():
         values[name], shown[name] = value, f"{_flag(name)} {value}"
     for name, value in values.items():
         if not value and _allowed(Settings.model_fields[name]) == "a path":  # it would be "."

@@ -34,7 +34,7 @@ class Spans:
 
     def export(self, trace: Trace, method: str, route: str, status: int) -> None:
         """Hand over a request's span, with one below it for each stage of its slowest image."""
-        from opentelemetry.trace import SpanContext, SpanKind, TraceFlags
+        from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
         if not self._is_sampled(trace, route):
             return
@@ -73,6 +73,8 @@ class Spans:
             trace.started,
             now,
             kind=SpanKind.SERVER,
+            # OpenTelemetry's conventions for HTTP: a 4xx is the client's error, no server's.
+            status=Status(StatusCode.ERROR if status >= 500 else StatusCode.UNSET),
             attributes={
                 "http.request.method": method,
                 "http.route": route,

@@ -1,5 +1,6 @@
 """The command `mixer-serve`: a real process, its start-up errors and its answers."""
 
+import importlib
 import os
 import resource
 import signal
@@ -7,12 +8,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import numpy as np
 import pytest
 from PIL import Image
 
+from app import start
 from app.cpus import available_cpus
 from app.errors import StartupError
 from app.serve import _allow_descriptors
@@ -66,6 +69,33 @@ def test_batched_and_single_answers_agree(tmp_path: Path, shared: Path) -> None:
             assert {p["index"]: p["score"] for p in alone["predictions"]} == pytest.approx(
                 {p["index"]: p["score"] for p in together["predictions"]}, abs=1e-5
             )
+
+
+def test_signals_are_heeded_before_the_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command listens to SIGTERM before it imports what serving needs: as PID 1 it must."""
+    seen: list[object] = []
+
+    def imported(name: str) -> SimpleNamespace:
+        seen.extend((name, signal.getsignal(signal.SIGTERM)))
+        return SimpleNamespace(main=lambda: 3)
+
+    monkeypatch.setattr(importlib, "import_module", imported)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert start.main() == 3
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    name, heeded = seen
+    assert name == "app.serve"
+    assert callable(heeded)
+
+
+def test_help_beside_an_unknown_setting() -> None:
+    """`--help` comes where a variable is wrong, too: the line about that one points to it."""
+    result = run_serve("--help", MIXER_FOO="1")
+    assert result.returncode == 0
+    assert "--max-batch" in result.stdout
 
 
 def test_help_explains_every_setting_with_its_default() -> None:

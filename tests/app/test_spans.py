@@ -12,12 +12,14 @@ import httpx2
 import pytest
 
 from app.spans import Spans
+from app.trace import new_trace
 from tests.fakes import make_image
 from tests.live import log_lines
 from tests.processes import run_serve, serving
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra otel is not installed")
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.trace import StatusCode
 
 PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-0"
 
@@ -101,6 +103,15 @@ def test_without_a_collector(tmp_path: Path) -> None:
     with serving(tmp_path / "log") as server:
         httpx2.get(f"{server.url}/livez", headers={"X-Request-ID": "plain"})
         assert "trace_id" not in log_lines(server, "plain")[0]
+
+
+@pytest.mark.parametrize(("status", "is_error"), [(200, False), (422, False), (504, True)])
+def test_errors_are_marked(status: int, is_error: bool) -> None:
+    """The span of a 5xx answer has the status ERROR, by which collectors find it."""
+    processor = Mock()
+    Spans(processor, Mock(), Mock()).export(new_trace(), "POST", "/classify", status)
+    [[span]] = [call.args for call in processor.on_end.call_args_list]
+    assert (span.status.status_code is StatusCode.ERROR) is is_error
 
 
 def test_collector_that_hangs(caplog: pytest.LogCaptureFixture) -> None:
