@@ -23,7 +23,7 @@ FORM = "multipart/form-data"
 JSON = "application/json"
 RAW = "application/octet-stream"
 TIMEOUT_HEADER = "x-request-timeout-ms"
-MAX_TIMEOUT_DIGITS = 15
+_MAX_TIMEOUT_DIGITS = 15
 LATE_BODY = "The request's time ran out before its body was here."
 Answer = TypeVar("Answer")
 
@@ -38,7 +38,7 @@ def deadline_after(asked: str | None, settings: Settings) -> float:
     """
     timeout_ms = settings.request_timeout_ms
     if asked is not None:
-        is_number = asked.isascii() and asked.isdecimal() and len(asked) <= MAX_TIMEOUT_DIGITS
+        is_number = asked.isascii() and asked.isdecimal() and len(asked) <= _MAX_TIMEOUT_DIGITS
         if not (is_number and int(asked)):
             raise InvalidParameter("X-Request-Timeout-Ms must be a positive whole number.")
         timeout_ms = min(timeout_ms, int(asked))

@@ -9,7 +9,7 @@ from app.classifier import Classified, Classifier
 from app.documents import EXAMPLE_IMAGE, ImageDocument, read_document
 from app.errors import InvalidParameter, Problem
 from app.predictions import best
-from app.routes.openapi import BYTES, CLASSIFY_STATUSES, image_body, images_taken, problems
+from app.routes.openapi import BYTES, CLASSIFY_STATUSES, image_body, problems
 from app.schemas import DEFAULT_TOP_K, TopK
 from app.service import Service
 from app.settings import Settings
@@ -30,7 +30,7 @@ router = APIRouter(tags=["classify"])
     "/classify",
     response_model=schemas.Classification,
     responses=problems(*CLASSIFY_STATUSES),
-    openapi_extra=images_taken(image_body(ImageDocument, {"image": EXAMPLE_IMAGE})),
+    openapi_extra={"requestBody": image_body(ImageDocument, {"image": EXAMPLE_IMAGE})},
 )
 async def classify(request: Request, top_k: TopK = None) -> Response:
     """Classify one image: multipart field `file`, the raw body, or JSON with base64."""
@@ -51,8 +51,8 @@ async def classify(request: Request, top_k: TopK = None) -> Response:
     "/classify/batch",
     response_model=schemas.BatchClassification,
     responses=problems(*(status for status in CLASSIFY_STATUSES if status != 500)),
-    openapi_extra=images_taken(
-        {
+    openapi_extra={
+        "requestBody": {
             "required": True,
             "content": {
                 "multipart/form-data": {
@@ -65,7 +65,7 @@ async def classify(request: Request, top_k: TopK = None) -> Response:
                 },
             },
         }
-    ),
+    },
 )
 async def classify_batch(request: Request, top_k: TopK = None) -> Response:
     """Classify many images: multipart, repeated field `files`; one bad image fails alone."""

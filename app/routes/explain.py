@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from app import schemas
 from app.documents import EXAMPLE_IMAGE, ImageDocument
 from app.routes.classify import json_response, model_name, read_upload
-from app.routes.openapi import BYTES, CLASSIFY_STATUSES, image_body, images_taken, problems
+from app.routes.openapi import BYTES, CLASSIFY_STATUSES, image_body, problems
 from app.schemas import Prediction
 from app.service import Service
 from app.uploads import after_body, read_deadline, unless_gone
@@ -28,7 +28,7 @@ Index = Annotated[
         200: {"content": {PNG: {"schema": BYTES}}},
         **problems(*CLASSIFY_STATUSES),
     },
-    openapi_extra=images_taken(image_body(ImageDocument, {"image": EXAMPLE_IMAGE})),
+    openapi_extra={"requestBody": image_body(ImageDocument, {"image": EXAMPLE_IMAGE})},
 )
 async def explain(request: Request, index: Index = None) -> Response:
     """Show which cells of the image matter for a label, by hiding one after the other.

@@ -19,7 +19,7 @@ from app.documents import (
 from app.errors import Problem
 from app.predictions import best
 from app.routes.classify import json_response
-from app.routes.openapi import CLASSIFY_STATUSES, image_body, images_taken, problems
+from app.routes.openapi import CLASSIFY_STATUSES, image_body, problems
 from app.schemas import DEFAULT_TOP_K
 from app.service import Service
 from app.uploads import JSON, after_body, media_type_of, read_deadline, read_image, unless_gone
@@ -43,7 +43,7 @@ class LabelScore(TypedDict):
     "/",
     response_model=list[LabelScore],
     responses=problems(*CLASSIFY_STATUSES),
-    openapi_extra=images_taken(image_body(HuggingFaceDocument, _EXAMPLE)),
+    openapi_extra={"requestBody": image_body(HuggingFaceDocument, _EXAMPLE)},
 )
 async def classify(request: Request) -> Response:
     """Classify one image as `huggingface_hub.InferenceClient.image_classification` asks for it.

@@ -15,7 +15,7 @@ from app.documents import EXAMPLE_IMAGE
 from app.errors import NoSuchModel, NotReady, Problem
 from app.predictions import softmax
 from app.routes.classify import checked_top_k
-from app.routes.openapi import CLASSIFY_STATUSES, images_taken, json_content, problems
+from app.routes.openapi import CLASSIFY_STATUSES, json_content, problems
 from app.service import Service
 from app.tensors import (
     IMAGE,
@@ -117,12 +117,12 @@ async def model_ready(request: Request, name: str, version: str | None = None) -
         },
         **problems(404, *CLASSIFY_STATUSES),
     },
-    openapi_extra=images_taken(
-        {
+    openapi_extra={
+        "requestBody": {
             "required": True,
             "content": {"application/json": json_content(InferRequest, _EXAMPLE)},
         }
-    ),
+    },
 )
 @router.post("/models/{name}/versions/{version}/infer", include_in_schema=False)
 async def infer(request: Request, name: str, version: str | None = None) -> Response:

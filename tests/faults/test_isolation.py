@@ -95,7 +95,7 @@ def test_engine_that_stays_broken(fake: Start, figure: Figure, fault: str) -> No
 
 def test_decoders_that_cannot_be_replaced(fake: Start, figure: Figure) -> None:
     """Without decoders a replica fails readiness, then liveness; with them again it is ready."""
-    with fake() as server:
+    with fake(decode_threads=2) as server:  # on one core, too
         _, _, *decoders = server.pids()
         one(server.url, get("/observed?fault=fork"))
         os.kill(decoders[0], signal.SIGKILL)
