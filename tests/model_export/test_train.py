@@ -248,7 +248,12 @@ def test_second_ctrl_c_ends_at_once(
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(trainer.Trainer, "take_step", interrupted)
-    assert main([str(images), "-o", str(tmp_path / "run"), *LONG]) == 130
+    # A test run in the background ignores Ctrl+C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main([str(images), "-o", str(tmp_path / "run"), *LONG]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     said = capsys.readouterr().err
     assert "mixer-train: stopped at once; --resume goes on with what was saved last" in said
 
