@@ -278,6 +278,14 @@ class TestErrors:
         assert "without Content-Encoding" in problem(answer, 415)["detail"]
         assert answer.headers["accept-encoding"] == "identity"
 
+    def test_coded_body_past_the_framework(self, live: Server) -> None:
+        """So it is on the way that the usual request takes."""
+        packed = gzip.compress(make_image())
+        headers = {**JPEG, "Content-Encoding": "gzip"}
+        answer = httpx2.post(f"{live.url}/classify", content=packed, headers=headers)
+        assert "without Content-Encoding" in problem(answer, 415)["detail"]
+        assert httpx2.post(f"{live.url}/classify", content=make_image()).status_code == 200
+
     def test_queue_full(self, serve: Serve) -> None:
         """A request that finds no room is a 429 problem with Retry-After; the next one passes."""
         engine = FakeEngine()

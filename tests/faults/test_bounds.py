@@ -117,7 +117,10 @@ def test_connections(fake: Start, figure: Figure) -> None:
             with dial(server.url) as probe:
                 probe.sendall(get(path))
                 answer = read_answer(probe)
+                assert probe.recv(1) == b""  # the place is for the next probe
             assert b" 200 " in answer, path
+        for request in (post(make_image()), get("/model")):
+            assert one(server.url, request).status == 503
         for client in held:
             client.close()
         time.sleep(0.2)
