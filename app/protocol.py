@@ -84,9 +84,8 @@ class BoundedProtocol(HttpToolsProtocol):
         excess = len(self.connections) - self.settings.max_connections
         self._is_spare = excess > 0
         if excess > MAX_PROBES:
-            self._begun = (
-                excess <= MAX_PROBES + MAX_FAREWELLS
-            )  # the request will come, or is coming
+            # The request will come, or is coming.
+            self._begun = excess <= MAX_PROBES + MAX_FAREWELLS
             self._refuse(*FULL)
             return
         self._start_clock(PROBE_TIMEOUT_S if self._is_spare else self.settings.header_timeout_s)

@@ -1,15 +1,6 @@
 """Promise 3: everything that can pile up has a limit, and memory at the limits is their sum.
 
-What the processes hold at most, with the default settings and two CPUs (MiB):
-
-    the process itself, model included                                        about 120
-    decoders               decode_threads, and the process that forks them           60
-    uploads in decoders    decode_threads × max_upload_bytes                         40
-    bodies in flight       max_bytes_in_flight                                      256
-    one form's parts and   2 × max_upload_bytes, while they are cut                  40
-    connections            max_connections × (socket, parser, 64 KiB of body)       260
-    pictures decoding      decode_threads × (max_pixels × 12 bytes + 32 MiB)      1,210
-    decoded pictures       queue_size × 150 kB at 224 px                            150
+ARCHITECTURE.md adds them up; here each is filled by itself.
 """
 
 import json
