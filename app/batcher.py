@@ -197,12 +197,12 @@ class Batcher:
 
     def _wait(self) -> Entry | None:
         """Wait for an entry; meanwhile probe an engine that has failed too often to get any."""
-        while self.failures >= FAILURES_UNTIL_NOT_READY:
-            try:
+        while True:
+            try:  # not without end: a batch that another thread has may be the one failure too many
                 return self._queue.get(timeout=PROBE_PERIOD_S)
             except queue.Empty:
-                self._probe()
-        return self._queue.get()
+                if self.failures >= FAILURES_UNTIL_NOT_READY:
+                    self._probe()
 
     def _probe(self) -> None:
         """Infer nothing in particular, to see whether the engine works again."""

@@ -2,13 +2,14 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from app.batcher import Batch
+from app.batcher import FAILURES_UNTIL_NOT_READY, Batch
 from app.engine import OnnxEngine
 from app.entry import Entry
 from app.images import Picture
@@ -47,6 +48,22 @@ def test_no_batch_waits_for_the_last_share_of_another(serve: Serve) -> None:
     answer = client.post("/classify/batch", files=[("files", image) for image in images])
     best = [result["predictions"][0]["label"] for result in answer.json()["results"]]
     assert best == ["red", "green", "blue"] * 3
+
+
+def test_probes_with_several_threads(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that has failed too often is probed, whichever of its threads saw the failure."""
+    monkeypatch.setattr("app.batcher.PROBE_PERIOD_S", 0.05)
+    engine = FakeEngine(threads=2, fault=lambda logits: logits[:0])
+    client = serve(engine)
+    for _ in range(FAILURES_UNTIL_NOT_READY):
+        assert client.post("/classify", content=make_image()).status_code == 500
+    assert client.post("/classify", content=make_image()).status_code == 503
+    engine.fault = None
+    give_up = time.monotonic() + 10
+    while client.get("/readyz").status_code != 200:
+        assert time.monotonic() < give_up, "nobody has probed the engine"
+        time.sleep(0.01)
+    assert client.post("/classify", content=make_image()).status_code == 200
 
 
 @pytest.fixture
