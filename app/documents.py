@@ -2,28 +2,32 @@
 
 import asyncio
 import base64
-import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJsonSchema
 
 from app.admission import BodyBudget
-from app.errors import InvalidParameter, MalformedJson
+from app.errors import DeadlineExceeded, InvalidParameter, MalformedJson
 from app.predictions import ScoreFunction
 from app.settings import Settings
-from app.uploads import read_body
+from app.uploads import read_body, unless_gone
 
 # One white pixel, so that an example can be sent as it stands.
 EXAMPLE_IMAGE = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"
 )
 Document = TypeVar("Document", bound=BaseModel)
+Answer = TypeVar("Answer")
 # Of one document, lists and their elements included. Each costs a hundred times its bytes in memory
 # while it is parsed, and time in which the event loop waits; an image is a single one.
 MAX_MEMBERS = 100_000
 # While a document is read its text is there up to three times over: one document at a time.
-ONE_AT_A_TIME = threading.Lock()
+_READER = ThreadPoolExecutor(1, "mixer-document")
 _LINE_BREAKS_AND_SPACES = b" \t\r\n\f\v"
 
 
@@ -31,12 +35,14 @@ def decode_base64(text: Any) -> bytes:
     """Return the bytes of RFC 4648 base64, line breaks and a data URL's head (RFC 2397) allowed.
 
     Raises:
-        ValueError: no text, or not base64.
+        ValueError: no text, not base64, or a data URL without data.
     """
     if not isinstance(text, str):
         raise ValueError("it must be a text in base64")  # noqa: TRY004 - pydantic reports ValueErrors
     if text.startswith("data:"):
-        text = text.partition(",")[2]
+        _, comma, text = text.partition(",")
+        if not comma:
+            raise ValueError("it is a data URL without data")
     try:
         # As bytes, in one go: a text of nothing but spaces would come apart into millions.
         plain = text.encode("ascii").translate(None, _LINE_BREAKS_AND_SPACES)
@@ -79,21 +85,36 @@ class HuggingFaceDocument(BaseModel):
 
 async def read_document(
     request: Request, settings: Settings, budget: BodyBudget, kind: type[Document]
-) -> Document:
-    """Return a JSON body as a `kind`, parsed off the event loop.
+) -> tuple[Document, float]:
+    """Return a JSON body as a `kind`, and until when its request must be answered.
 
     Raises:
         EmptyBody, BodyTooLarge, BodyTimeout, DeadlineExceeded, QueueFull: as for every body.
         MalformedJson: not JSON.
         InvalidParameter: not a `kind`; the detail names the member.
+        ClientDisconnect: the client has gone.
     """
-    body = await read_body(request, settings, budget)
-    return await asyncio.to_thread(_parse_alone, body, kind)
+    parse = partial(parse_document, kind=kind)
+    return await read_alone(request, settings, budget, parse)
 
 
-def _parse_alone(body: bytes, kind: type[Document]) -> Document:
-    with ONE_AT_A_TIME:
-        return parse_document(body, kind)
+async def read_alone(
+    request: Request, settings: Settings, budget: BodyBudget, parse: Callable[[bytes], Answer]
+) -> tuple[Answer, float]:
+    """Return what `parse` makes of a body off the event loop, and the request's deadline.
+
+    Raises:
+        EmptyBody, BodyTooLarge, BodyTimeout, QueueFull: as for every body.
+        DeadlineExceeded: its time ran out, maybe behind the documents of others.
+        ClientDisconnect: the client has gone.
+    """
+    body, deadline = await read_body(request, settings, budget)
+    parsed = asyncio.get_running_loop().run_in_executor(_READER, parse, body)
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            return await unless_gone(request, parsed), deadline
+    except TimeoutError:
+        raise DeadlineExceeded("The request's time ran out before its body was read.") from None
 
 
 def parse_document(body: bytes | memoryview, kind: type[Document]) -> Document:

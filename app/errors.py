@@ -14,10 +14,11 @@
     │   └── TooManyImages                 more images than the queue can ever hold
     ├── UnsupportedFormat         415     not JPEG, PNG, WebP, GIF or BMP
     ├── CorruptImage              422     the format is right, the content is not
-    ├── InvalidParameter          422     a query parameter or header out of range
+    ├── InvalidParameter          422     a query parameter, header or member out of range
     ├── QueueFull                 429     retry here, after Retry-After
     ├── InferenceFailed           500     the engine raised, or gave NaN
     ├── DecoderLost               500     the process that decoded the image has crashed
+    │   └── NoDecoder                     there is none that could be asked
     ├── NotReady                  503     draining or broken: retry elsewhere
     └── DeadlineExceeded          504     the request's time ran out
 
@@ -130,14 +131,14 @@ class BodyTimeout(Problem):
 
 
 class TooLarge(Problem):
-    """Something is over its limit; the connection closes, since the rest stays unread."""
+    """Something is over its limit."""
 
     status = 413
     title = "Too large"
 
 
 class BodyTooLarge(TooLarge):
-    """The body has more bytes than allowed."""
+    """The body has more bytes than allowed; the connection closes, since the rest stays unread."""
 
     title = "Body too large"
 
@@ -174,7 +175,7 @@ class CorruptImage(Problem):
 
 
 class InvalidParameter(Problem):
-    """A query parameter or header is out of range."""
+    """A query parameter, a header or a member of a document is out of range."""
 
     status = 422
     title = "Invalid parameter"

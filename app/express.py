@@ -160,13 +160,13 @@ class Express:
         service.admission.enter()
         self._is_in = True
         settings = service.settings
+        self._top_k = checked_top_k(self._asked, service.classifier)
         self._deadline = deadline_after(
             self._field(_TIMEOUT) if _TIMEOUT in self._fields else None, settings
         )
         if _TIMEOUT in self._fields:
             # Without one, the body has its own time, and the deadline only what follows.
             self._clock.start(self._deadline - time.monotonic(), self._be_late)
-        self._top_k = checked_top_k(self._asked, service.classifier)
         self._reader = image_reader(self._field(b"content-type"), settings.queue_size)
         if is_longer(self._field(b"content-length"), settings.max_upload_bytes):
             raise BodyTooLarge(settings.max_upload_bytes)

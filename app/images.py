@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from app.cost import Upload, check_cost, check_pixels, check_scans, check_webp_canvas
-from app.errors import CorruptImage, Problem, TooManyPixels, UnsupportedFormat
+from app.errors import CorruptImage, EmptyBody, Problem, TooManyPixels, UnsupportedFormat
 from app.geometry import SIDEWAYS, Box, Geometry, frame_of, geometry
 from app.jpeg import read_header
 from app.model_card import Preprocessing
@@ -53,10 +53,13 @@ def decode(
     `draft` lets libjpeg decode a large JPEG at 1/2, 1/4 or 1/8 scale, never below the resize.
 
     Raises:
+        EmptyBody: there is nothing to decode.
         UnsupportedFormat: not JPEG, PNG, WebP, GIF or BMP.
         TooManyPixels: the header declares more than `max_pixels`; nothing was decoded.
         CorruptImage: the header or the content cannot be decoded, or costs too much to decode.
     """
+    if not data:
+        raise EmptyBody("The image is empty.")
     with _pillow_errors_as_problems(data, max_pixels):
         header = read_header(data) if draft else None
         if header is not None:

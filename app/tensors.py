@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 from pydantic_core import to_json
 
-from app.documents import ONE_AT_A_TIME, decode_base64, parse_document
-from app.errors import InvalidParameter
+from app.documents import decode_base64, parse_document
+from app.errors import InvalidParameter, TooManyImages
 
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 IMAGE, LABEL, INDEX, SCORE, PROBABILITIES = "image", "label", "index", "score", "probabilities"
@@ -62,17 +62,15 @@ class InferRequest(BaseModel):
         return [OutputRequest(name=one.name, parameters=form | one.parameters) for one in wanted]
 
 
-def read_request(body: bytes, json_length: str | None) -> tuple[InferRequest, list[bytes]]:
-    """Return the request and its encoded images; one thread at a time.
+def read_request(
+    body: bytes, json_length: str | None, max_images: int
+) -> tuple[InferRequest, list[bytes]]:
+    """Return the request and its encoded images.
 
     Raises:
         MalformedJson, InvalidParameter: not a request of the protocol.
+        TooManyImages: more than `max_images`.
     """
-    with ONE_AT_A_TIME:
-        return _read_request(body, json_length)
-
-
-def _read_request(body: bytes, json_length: str | None) -> tuple[InferRequest, list[bytes]]:
     length = len(body)
     if json_length is not None:
         if not (json_length.isdecimal() and len(json_length) < 16 and int(json_length) <= length):
@@ -84,7 +82,7 @@ def _read_request(body: bytes, json_length: str | None) -> tuple[InferRequest, l
     if size is not None:
         if size != len(body) - length:
             raise InvalidParameter("binary_data_size differs from what follows the JSON.")
-        images = _split(memoryview(body)[length:])
+        images = _split(memoryview(body)[length:], max_images)
     else:
         images = [_image(element) for element in _flat(tensor.data or [])]
     if not images:
@@ -165,14 +163,17 @@ def positive(value: Any, name: str) -> int:
     return value
 
 
-def _split(data: memoryview) -> list[bytes]:
-    """Return the elements of a BYTES tensor."""
-    elements, position = [], 0
+def _split(data: memoryview, most: int) -> list[bytes]:
+    """Return the elements of a BYTES tensor: `most` at most, where 20 MiB may hold millions."""
+    elements: list[bytes] = []
+    position = 0
     while position < len(data):
         start = position + _LENGTH.size
         if start > len(data):
             break
         position = start + _LENGTH.unpack_from(data, position)[0]
+        if len(elements) == most:
+            raise TooManyImages(f"The request holds more than {most} images.")
         elements.append(bytes(data[start:position]))
     if position != len(data):
         raise InvalidParameter("The binary tensor 'image' is cut off.")

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -54,22 +54,6 @@ def is_longer(declared: str, limit: int) -> bool:
     return digits.isdecimal() and (len(digits) > 18 or int(digits) > limit)
 
 
-def read_deadline(request: Request, settings: Settings) -> float:
-    """Return `deadline_after` for a request."""
-    return deadline_after(request.headers.get(TIMEOUT_HEADER), settings)
-
-
-def after_body(deadline: float, request: Request, settings: Settings) -> float:
-    """Return a request's deadline once its body is here.
-
-    What a client asks for counts from its headers on. Where it does not ask, the body has had a
-    time of its own, and the setting's begins now.
-    """
-    if TIMEOUT_HEADER in request.headers:
-        return deadline
-    return deadline_after(None, settings)
-
-
 def image_reader(content_type: str, max_images: int) -> Form | RawBody:
     """Return what reads a body of that type with one image: a form's field `file`, or all of it.
 
@@ -88,31 +72,37 @@ def image_reader(content_type: str, max_images: int) -> Form | RawBody:
     return RawBody()
 
 
-async def read_image(request: Request, settings: Settings, budget: BodyBudget) -> bytes:
-    """Return the request's one image: multipart field `file`, or the raw body.
+async def read_image(
+    request: Request, settings: Settings, budget: BodyBudget
+) -> tuple[bytes, float]:
+    """Return the request's one image, multipart field `file` or the raw body; and its deadline.
 
     Raises:
         EmptyBody, BodyTooLarge, BodyTimeout, DeadlineExceeded, MalformedForm, UnsupportedFormat,
             QueueFull: as their names say.
     """
     reader = image_reader(request.headers.get("content-type", ""), settings.queue_size)
-    await _receive(request, settings, budget, reader.feed)
-    return reader.image()
+    deadline = await _receive(request, settings, budget, reader.feed)
+    return reader.image(), deadline
 
 
-async def read_body(request: Request, settings: Settings, budget: BodyBudget) -> bytes:
-    """Return the whole body.
+async def read_body(
+    request: Request, settings: Settings, budget: BodyBudget
+) -> tuple[bytes, float]:
+    """Return the whole body, and the request's deadline.
 
     Raises:
         EmptyBody, BodyTooLarge, BodyTimeout, DeadlineExceeded, QueueFull: as their names say.
     """
     body = RawBody()
-    await _receive(request, settings, budget, body.feed)
-    return body.image()
+    deadline = await _receive(request, settings, budget, body.feed)
+    return body.image(), deadline
 
 
-async def read_images(request: Request, settings: Settings, budget: BodyBudget) -> list[bytes]:
-    """Return the images of the repeated multipart field `files`, in order.
+async def read_images(
+    request: Request, settings: Settings, budget: BodyBudget
+) -> tuple[list[bytes], float]:
+    """Return the images of the repeated multipart field `files`, in order; and the deadline.
 
     Raises:
         EmptyBody, BodyTooLarge, BodyTimeout, DeadlineExceeded, MalformedForm, UnsupportedFormat,
@@ -121,11 +111,11 @@ async def read_images(request: Request, settings: Settings, budget: BodyBudget) 
     if media_type_of(request) != FORM:
         raise UnsupportedFormat(f"Send the images as {FORM} with repeated field 'files'.")
     form = Form(request.headers["content-type"], settings.queue_size)
-    await _receive(request, settings, budget, form.feed)
-    return form.images("files")
+    deadline = await _receive(request, settings, budget, form.feed)
+    return form.images("files"), deadline
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
+async def unless_gone(request: Request, work: Awaitable[Answer]) -> Answer:
     """Await `work`, cancelling it as soon as the client hangs up.
 
     The body must have been read: the server's next message is then the disconnect.
@@ -159,8 +149,14 @@ def media_type_of(request: Request) -> str:
 
 async def _receive(
     request: Request, settings: Settings, budget: BodyBudget, feed: Callable[[bytes], None]
-) -> None:
-    """Feed the body on as it arrives, within its limits of size and time."""
+) -> float:
+    """Feed the body on as it arrives, within its limits; return the deadline of what follows.
+
+    What a client asks for counts from its headers on. Where it does not ask, the body has a time of
+    its own, and the setting's begins when it is here. In seconds of `time.monotonic()`.
+    """
+    asked = request.headers.get(TIMEOUT_HEADER)
+    deadline = deadline_after(asked, settings)
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedFormat(
             "Send the body as it is, without Content-Encoding.", {"Accept-Encoding": "identity"}
@@ -169,8 +165,8 @@ async def _receive(
         raise BodyTooLarge(settings.max_upload_bytes)
     size = 0  # of what is here: a promise of bytes must not shut others out
     patience_s = settings.body_timeout_s
-    if TIMEOUT_HEADER in request.headers:
-        patience_s = min(patience_s, read_deadline(request, settings) - time.monotonic())
+    if asked is not None:
+        patience_s = min(patience_s, deadline - time.monotonic())
     try:
         async with asyncio.timeout(patience_s):
             async for chunk in request.stream():
@@ -183,3 +179,4 @@ async def _receive(
         if patience_s < settings.body_timeout_s:
             raise DeadlineExceeded(LATE_BODY) from None
         raise BodyTimeout(settings.body_timeout_s) from None
+    return deadline_after(None, settings) if asked is None else deadline

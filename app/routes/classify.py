@@ -15,9 +15,7 @@ from app.service import Service
 from app.settings import Settings
 from app.uploads import (
     JSON,
-    after_body,
     media_type_of,
-    read_deadline,
     read_image,
     read_images,
     unless_gone,
@@ -36,11 +34,9 @@ async def classify(request: Request, top_k: TopK = None) -> Response:
     """Classify one image: multipart field `file`, the raw body, or JSON with base64."""
     service: Service = request.app.state.service
     classifier, settings = service.classifier, service.settings
-    deadline = read_deadline(request, settings)
     count = checked_top_k(top_k, classifier)
     with service.admission.body() as budget:
-        upload = await read_upload(request, settings, budget)
-        deadline = after_body(deadline, request, settings)
+        upload, deadline = await read_upload(request, settings, budget)
         [result] = await unless_gone(request, classifier.classify([upload], deadline))
     if isinstance(result, Problem):
         raise result
@@ -71,11 +67,9 @@ async def classify_batch(request: Request, top_k: TopK = None) -> Response:
     """Classify many images: multipart, repeated field `files`; one bad image fails alone."""
     service: Service = request.app.state.service
     classifier, settings = service.classifier, service.settings
-    deadline = read_deadline(request, settings)
     count = checked_top_k(top_k, classifier)
     with service.admission.body() as budget:
-        uploads = await read_images(request, settings, budget)
-        deadline = after_body(deadline, request, settings)
+        uploads, deadline = await read_images(request, settings, budget)
         results = await unless_gone(request, classifier.classify(uploads, deadline))
     return json_response(
         schemas.BatchClassification(
@@ -93,15 +87,18 @@ async def classify_batch(request: Request, top_k: TopK = None) -> Response:
     )
 
 
-async def read_upload(request: Request, settings: Settings, budget: BodyBudget) -> bytes:
-    """Return the request's one image in whichever way it came.
+async def read_upload(
+    request: Request, settings: Settings, budget: BodyBudget
+) -> tuple[bytes, float]:
+    """Return the request's one image in whichever way it came, and the request's deadline.
 
     Raises:
         EmptyBody, BodyTooLarge, BodyTimeout, DeadlineExceeded, MalformedForm, MalformedJson,
-            InvalidParameter, UnsupportedFormat, QueueFull: as their names say.
+            InvalidParameter, UnsupportedFormat, QueueFull, ClientDisconnect: as their names say.
     """
     if media_type_of(request) == JSON:
-        return (await read_document(request, settings, budget, ImageDocument)).image
+        document, deadline = await read_document(request, settings, budget, ImageDocument)
+        return document.image, deadline
     return await read_image(request, settings, budget)
 
 

@@ -11,7 +11,7 @@ from app.routes.classify import json_response, model_name, read_upload
 from app.routes.openapi import BYTES, CLASSIFY_STATUSES, image_body, problems
 from app.schemas import Prediction
 from app.service import Service
-from app.uploads import after_body, read_deadline, unless_gone
+from app.uploads import unless_gone
 
 router = APIRouter(tags=["classify"])
 
@@ -38,10 +38,8 @@ async def explain(request: Request, index: Index = None) -> Response:
     """
     service: Service = request.app.state.service
     explainer, settings = service.explainer, service.settings
-    deadline = read_deadline(request, settings)
     with service.admission.body() as budget:
-        upload = await read_upload(request, settings, budget)
-        deadline = after_body(deadline, request, settings)
+        upload, deadline = await read_upload(request, settings, budget)
         found = await unless_gone(
             request, explainer.explain(upload, deadline, index, service.admission.images)
         )

@@ -22,7 +22,7 @@ from app.routes.classify import json_response
 from app.routes.openapi import CLASSIFY_STATUSES, image_body, problems
 from app.schemas import DEFAULT_TOP_K
 from app.service import Service
-from app.uploads import JSON, after_body, media_type_of, read_deadline, read_image, unless_gone
+from app.uploads import JSON, media_type_of, read_image, unless_gone
 
 router = APIRouter(tags=["clients"])
 
@@ -52,15 +52,13 @@ async def classify(request: Request) -> Response:
     """
     service: Service = request.app.state.service
     classifier, settings = service.classifier, service.settings
-    deadline = read_deadline(request, settings)
     parameters = HuggingFaceParameters()
     with service.admission.body() as budget:
         if media_type_of(request) == JSON:
-            document = await read_document(request, settings, budget, HuggingFaceDocument)
+            document, deadline = await read_document(request, settings, budget, HuggingFaceDocument)
             upload, parameters = document.inputs, document.parameters or parameters
         else:
-            upload = await read_image(request, settings, budget)
-        deadline = after_body(deadline, request, settings)
+            upload, deadline = await read_image(request, settings, budget)
         [result] = await unless_gone(request, classifier.classify([upload], deadline))
     if isinstance(result, Problem):
         raise result

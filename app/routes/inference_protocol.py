@@ -5,13 +5,14 @@ or all probabilities. https://github.com/kserve/open-inference-protocol
 """
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from app.classifier import Classifier
-from app.documents import EXAMPLE_IMAGE
+from app.documents import EXAMPLE_IMAGE, read_alone
 from app.errors import NoSuchModel, NotReady, Problem
 from app.predictions import softmax
 from app.routes.classify import checked_top_k
@@ -29,7 +30,7 @@ from app.tensors import (
     read_request,
     write_response,
 )
-from app.uploads import after_body, read_body, read_deadline, unless_gone
+from app.uploads import unless_gone
 
 router = APIRouter(prefix="/v2", tags=["clients"])
 probes = APIRouter(prefix="/v2", tags=["clients"])  # which come without a key
@@ -133,14 +134,13 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
     """
     classifier = _classifier(request, name, version)
     service: Service = request.app.state.service
-    deadline = read_deadline(request, service.settings)
+    parse = partial(
+        read_request,
+        json_length=request.headers.get(JSON_LENGTH_HEADER),
+        max_images=service.settings.queue_size,
+    )
     with service.admission.body() as budget:
-        asked, images = await asyncio.to_thread(
-            read_request,
-            await read_body(request, service.settings, budget),
-            request.headers.get(JSON_LENGTH_HEADER),
-        )
-        deadline = after_body(deadline, request, service.settings)
+        (asked, images), deadline = await read_alone(request, service.settings, budget, parse)
         top_k = checked_top_k(_top_k(asked), classifier)
         results = await unless_gone(request, classifier.classify(images, deadline))
     logits = []

@@ -176,12 +176,12 @@ class TestErrors:
         problem(client.post("/classify/batch"), 415)
 
     def test_empty_image_of_a_batch(self, client: TestClient) -> None:
-        """An empty file among others fails alone, as any that is no image."""
+        """An empty file among others fails alone, as it would by itself."""
         files = [("files", make_image()), ("files", b""), ("files", make_image())]
         answer = client.post("/classify/batch", files=files)
         assert answer.status_code == 200
         first, empty, last = answer.json()["results"]
-        assert empty["problem"]["status"] == 415
+        assert empty["problem"]["status"] == 400
         assert first["predictions"] == last["predictions"]
 
     def test_malformed_form(self, client: TestClient) -> None:

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from starlette.testclient import TestClient
 
+from app.documents import _READER
 from app.predictions import softmax
 from tests.app.test_classify import problem
 from tests.conftest import Serve
@@ -59,6 +62,8 @@ class TestBase64:
             ('{"image": 1}', 422, "base64"),
             ('{"image": null}', 422, "base64"),
             ('{"image": "*"}', 422, "base64"),
+            ('{"image": "data:image/png;base64"}', 422, "without data"),
+            ('{"image": ""}', 400, "empty"),
             ('{"image": "aGVsbG8="}', 415, "JPEG"),
         ],
     )
@@ -70,6 +75,19 @@ class TestBase64:
             word_here = word if path == "/classify" else word.replace("image", "inputs")
             answer = client.post(path, content=text, headers=headers)
             assert word_here in problem(answer, status)["detail"]
+
+    @pytest.mark.parametrize("path", ["/classify", "/", "/v2/models/fake/infer"])
+    def test_behind_another_document(self, client: TestClient, path: str) -> None:
+        """A document that has to wait for others' is answered by its deadline."""
+        others_are_done = threading.Event()
+        other = _READER.submit(others_are_done.wait, 20)
+        headers = {"X-Request-Timeout-Ms": "200"}
+        start = time.monotonic()
+        answer = client.post(path, json={"image": TEXT, "inputs": TEXT}, headers=headers)
+        assert time.monotonic() - start < 10
+        others_are_done.set()
+        assert problem(answer, 504)["title"] == "Deadline exceeded"
+        assert other.result()
 
 
 class TestHuggingFace:
@@ -303,6 +321,18 @@ class TestInferenceProtocol:
         answer = client.post(self.URL, content=text + tail, headers=headers)
         assert answer.status_code == 422
         assert "cut off" in answer.json()["detail"]
+
+    def test_images_without_end(self, client: TestClient) -> None:
+        """A binary tensor of more images than the queue holds is a 413 problem, read no further."""
+        import json
+
+        tail = bytes(4) * 100_000
+        head = self.body(data=None, shape=[100_000], parameters={"binary_data_size": len(tail)})
+        text = json.dumps(head).encode()
+        headers = {"Inference-Header-Content-Length": str(len(text))}
+        answer = client.post(self.URL, content=text + tail, headers=headers)
+        assert answer.status_code == 413
+        assert "more than" in answer.json()["detail"]
 
     @pytest.mark.parametrize("length", ["x", "99999", "-1"])
     def test_bad_json_length(self, client: TestClient, length: str) -> None:
