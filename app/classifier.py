@@ -97,12 +97,13 @@ class Classifier:
     async def classify(
         self, uploads: Sequence[bytes], deadline: float
     ) -> list[Classified | Problem]:
-        """Classify each upload, in order; one that fails leaves its neighbours alone.
+        """Classify each upload, in order; a bad one leaves its neighbours alone.
 
         `deadline` is in seconds of `time.monotonic()`; what is not done by then is a problem.
 
         Raises:
             TooManyImages, QueueFull, DeadlineExceeded: refused at the door, see Admission.queue.
+            Exception: a bug, whatever came of the others.
         """
         trace = current()
         request_id = trace.request_id if trace else ""

@@ -20,6 +20,7 @@ from app.decoder import ANSWER, BUG, MAX_CPU_S, PROBLEM, SIZE, Refusal, Task, re
 from app.errors import (
     CorruptImage,
     DecoderLost,
+    EmptyBody,
     Problem,
     StartupError,
     TooManyPixels,
@@ -33,8 +34,18 @@ logger = logging.getLogger(__name__)
 
 # What `decode` may raise; a decoder names them.
 _PROBLEMS: dict[str, type[Problem]] = {
-    kind.__name__: kind for kind in (CorruptImage, TooManyPixels, UnsupportedFormat)
+    kind.__name__: kind for kind in (CorruptImage, EmptyBody, TooManyPixels, UnsupportedFormat)
 }
+
+
+def _sample() -> bytes:
+    """Return the smallest picture there is, since `max_pixels` may be 1."""
+    sample = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(sample, "JPEG")
+    return sample.getvalue()
+
+
+_SAMPLE = _sample()
 
 
 class NoDecoder(DecoderLost):
@@ -52,16 +63,21 @@ class Decoders:
         """Start them; the first in a process takes half a second, all others milliseconds."""
         self.failures = 0  # uploads and probes in a row for which there was no process
         self._free: SimpleQueue[Decoder] = SimpleQueue()
-        self._all = [Decoder(task) for _ in range(count)]
-        for decoder in self._all:
-            self._free.put(decoder)
+        self._all: list[Decoder] = []
+        try:
+            for _ in range(count):
+                self._all.append(Decoder(task))
+                self._free.put(self._all[-1])
+        except NoDecoder:
+            self.close()
+            raise
 
     def decode(self, upload: bytes) -> Picture:
         """Decode in a process that has nothing else to do.
 
         Raises:
-            UnsupportedFormat, TooManyPixels, CorruptImage: as `images.decode`; the last also for
-                what takes longer than decoder.MAX_CPU_S.
+            EmptyBody, UnsupportedFormat, TooManyPixels, CorruptImage: as `images.decode`; the last
+                also for what takes longer than decoder.MAX_CPU_S.
             DecoderLost: the process ended, and the next upload gets another one; or there is none.
             RuntimeError: a bug in the decoder; the process goes on.
         """
@@ -86,9 +102,9 @@ class Decoders:
         """See whether processes can be had again, while no upload comes that would tell."""
         decoder = self._free.get()
         try:
-            decoder.connect()
-        except NoDecoder as error:
-            logger.error("%s", error.detail)  # noqa: TRY400 - see above
+            decoder.decode(_SAMPLE)
+        except (Problem, RuntimeError):
+            logger.exception("there is still no process that decodes")
             self.failures += 1
         else:
             self.failures = 0
@@ -121,7 +137,7 @@ class Decoder:
 
         Raises:
             NoDecoder: the process has ended, and no other can be had.
-            UnsupportedFormat, TooManyPixels, CorruptImage, DecoderLost, RuntimeError: as
+            EmptyBody, UnsupportedFormat, TooManyPixels, CorruptImage, DecoderLost, RuntimeError: as
                 Decoders.decode.
         """
         for _ in range(2):
@@ -132,7 +148,7 @@ class Decoder:
                 logger.error("decoder %d has ended (%s); another comes", self.pid, error)  # noqa: TRY400 - the place in our code says nothing
                 self.connect()
         else:
-            raise DecoderLost("No process could take the upload.")
+            raise NoDecoder("No process could take the upload: they end as they begin.")
         if answer is None:
             pid = self.pid
             with suppress(NoDecoder):  # the next upload's matter
@@ -206,19 +222,16 @@ class Decoder:
             raise NoDecoder(f"No process that decodes can be started: {error}") from None
 
 
-def check_decoder(preprocessing: Preprocessing) -> None:
-    """Decode a picture as uploads are.
+def check_decoders(preprocessing: Preprocessing, count: int) -> None:
+    """Start so many processes, and have a picture decoded as uploads are.
 
     Raises:
-        StartupError: no process can do it here.
+        StartupError: there cannot be so many, or they cannot do it here.
     """
-    sample = io.BytesIO()
-    Image.new("RGB", (64, 64)).save(sample, "JPEG")
-    upload = sample.getvalue()
-    task = Task(preprocessing=preprocessing, max_pixels=64 * 64, max_bytes=len(upload))
+    task = Task(preprocessing=preprocessing, max_pixels=1, max_bytes=len(_SAMPLE))
     try:
-        with closing(Decoder(task)) as decoder:
-            decoder.decode(upload)
+        with closing(Decoders(count, task)) as decoders:
+            decoders.decode(_SAMPLE)
     except (Problem, RuntimeError) as error:
         reason = error.detail if isinstance(error, Problem) else str(error)
         raise StartupError(f"images cannot be decoded here: {reason}") from error

@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from app import tune
 from app.cpus import give_way
 from app.cuda import GpuOptions
-from app.decoders import check_decoder
+from app.decoders import check_decoders
 from app.engine import OnnxEngine
 from app.errors import StartupError
 from app.keys import ApiKeys
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nursery()  # it loads what decoders need while the model is loaded here
         settings = _allow_descriptors(settings)
         engine = _open(settings)
-        check_decoder(engine.card.preprocessing)
+        check_decoders(engine.card.preprocessing, settings.decode_threads)
         app = create_app(settings, engine)
         _listen(listener, settings)
     except StartupError as error:

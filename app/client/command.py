@@ -37,7 +37,11 @@ class Backend(Protocol):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Classify; return 0, or 1 if an image failed, or 2 if nothing could be done."""
+    """Classify; return the exit code.
+
+    0, or 1 if an image failed, or 2 if nothing could be done; 130 after Ctrl+C, and 141 if nobody
+    reads the results any more, as a shell reports both.
+    """
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.ERROR, format="mixer-classify: %(message)s")
     try:

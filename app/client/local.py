@@ -33,7 +33,7 @@ class LocalClassifier:
         """Open the model, check its golden sample, start the threads.
 
         Raises:
-            ServerError: the file is no model that can be run.
+            ServerError: the file is no model that can be run, or nothing can be decoded here.
         """
         settings = self._settings
         try:
@@ -45,7 +45,10 @@ class LocalClassifier:
         latency = LatencyTable(settings.max_batch, settings.decode_threads)
         await asyncio.to_thread(warm_up, engine, settings.max_batch, latency)
         admission = Admission(settings, latency)
-        self._classifier = Classifier(engine, settings, latency, admission, Metrics())
+        try:
+            self._classifier = Classifier(engine, settings, latency, admission, Metrics())
+        except Problem as problem:
+            raise ServerError(problem.detail) from problem
         self.model = f"{engine.card.name}@{engine.card.version}"
         self.top_k = min(self._top_k, len(engine.card.labels))
         return self

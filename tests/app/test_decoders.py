@@ -22,10 +22,11 @@ from PIL import Image
 
 from app import decoder
 from app.decoder import Task, receive, send
-from app.decoders import Decoder, Decoders, check_decoder
+from app.decoders import Decoder, Decoders, check_decoders
 from app.errors import (
     CorruptImage,
     DecoderLost,
+    EmptyBody,
     Problem,
     StartupError,
     TooManyPixels,
@@ -89,7 +90,7 @@ def test_answers_of_any_length() -> None:
         (b"not an image", UnsupportedFormat),
         (make_image(side=64)[:60], CorruptImage),
         (make_image(side=101), TooManyPixels),
-        (b"", UnsupportedFormat),
+        (b"", EmptyBody),
     ],
 )
 def test_same_problem(decoders: Decoders, upload: bytes, kind: type[Problem]) -> None:
@@ -248,17 +249,22 @@ def test_stuck_decoder(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptur
 
 def test_no_decoder_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing can be decoded, start-up says so."""
-    check_decoder(TASK.preprocessing)
+    check_decoders(TASK.preprocessing, 2)
     with monkeypatch.context() as patch:
         patch.setattr(nursery(), "new_link", Mock(side_effect=BlockingIOError(11, "no process")))
         with pytest.raises(StartupError, match=r"cannot be decoded here.*no process"):
-            check_decoder(TASK.preprocessing)
+            check_decoders(TASK.preprocessing, 2)
+    links = [nursery().new_link(), BlockingIOError(11, "no second process")]
+    with monkeypatch.context() as patch:
+        patch.setattr(nursery(), "new_link", Mock(side_effect=links))
+        with pytest.raises(StartupError, match="no second process"):
+            check_decoders(TASK.preprocessing, 2)
     ours, theirs = socket.socketpair()
     with theirs:
         send(theirs, b"1")  # its process ID
     monkeypatch.setattr(nursery(), "new_link", Mock(return_value=ours))
     with pytest.raises(StartupError, match="cannot be decoded here"):
-        check_decoder(TASK.preprocessing)
+        check_decoders(TASK.preprocessing, 2)
 
 
 def test_failures_in_a_row(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,6 +283,37 @@ def test_failures_in_a_row(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) 
             with pytest.raises(kind):
                 decoders.decode(upload)
         assert decoders.failures == 0
+
+
+def test_decoders_that_end_as_they_begin(
+    decoders: Decoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What starts and ends before it has read anything counts as no process, to probes, too."""
+    for one in decoders._all:
+        one.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(nursery(), "new_link", _gone_after_hello)
+        for failures in (1, 2):
+            with pytest.raises(DecoderLost):
+                decoders.decode(make_image())
+            assert decoders.failures == failures
+        decoders.probe()
+        assert decoders.failures == 3
+    decoders.probe()
+    assert decoders.failures == 0
+
+
+def _gone_after_hello() -> socket.socket:
+    """Return a socket to a decoder that has said its process ID, and read its task, no more."""
+    ours, theirs = socket.socketpair()
+    send(theirs, b"1")
+
+    def end() -> None:
+        with theirs:
+            receive(theirs)
+
+    threading.Thread(target=end).start()
+    return ours
 
 
 def test_what_a_decoder_inherits() -> None:

@@ -1,5 +1,6 @@
 """The command `mixer-classify`, against a running server and a model file."""
 
+import asyncio
 import csv
 import json
 import os
@@ -13,12 +14,16 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx2
 import numpy as np
 import pytest
 from PIL import Image
 
+from app.client.local import LocalClassifier
+from app.client.remote import ServerError
+from app.nursery import nursery
 from tests.processes import ROOT, Server, serving
 
 MODEL = str(ROOT / "app" / "models" / "mixer-cifar10.onnx")
@@ -442,3 +447,11 @@ def busy_server(
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def test_model_file_where_nothing_can_be_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without processes that decode, a model file is of no use, and the reason is told."""
+    no_process = Mock(side_effect=BlockingIOError(11, "no process"))
+    monkeypatch.setattr(nursery(), "new_link", no_process)
+    with pytest.raises(ServerError, match="no process"):
+        asyncio.run(LocalClassifier(Path(MODEL), 5).__aenter__())
