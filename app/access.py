@@ -5,6 +5,7 @@ image, file name or key is written anywhere: routes are logged as their template
 and queries not at all.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Iterable
@@ -15,9 +16,10 @@ from starlette.datastructures import Headers
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.errors import NotReady
 from app.logs import write_request
 from app.metrics import Metrics
-from app.routes.problems import problem_response
+from app.routes.problems import answer_to, problem_response
 from app.spans import Spans
 from app.trace import Trace, begin
 
@@ -89,6 +91,13 @@ class Access:
 
         try:
             await self._app(scope, receive_counted, send_marked)
+        except asyncio.CancelledError:
+            if not scope["app"].state.service.draining:
+                raise
+            # By the server, since the grace time is over; an answer that has begun just ends.
+            if not status:
+                stopped = NotReady("This replica had to stop before the request was done.")
+                await answer_to(scope, stopped)(scope, receive, send_marked)
         except Exception:
             logger.exception("a bug, answered with 500")
             if status:

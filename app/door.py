@@ -4,8 +4,6 @@ Pure ASGI, since Starlette's BaseHTTPMiddleware hides a client's disconnect; and
 so that under overload a refusal costs as little as it can.
 """
 
-import asyncio
-
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -51,12 +49,6 @@ class Door:
                 await self._app(scope, receive, send)
         except Problem as problem:
             await answer_to(scope, problem)(scope, receive, send)
-        except asyncio.CancelledError:
-            if not service.draining:
-                raise
-            # Cancelled by the server, since the grace time is over.
-            stopped = NotReady("This replica had to stop before the request was done.")
-            await answer_to(scope, stopped)(scope, receive, send)
 
 
 def _is_page(scope: Scope) -> bool:

@@ -48,7 +48,7 @@ class StandardError:
                         raise BlockingIOError
                     data = data[os.write(descriptor, data[:_PIECE_BYTES]) :]
                     self._is_cut = bool(data)
-            except (OSError, ValueError):  # the latter: it is closed
+            except (OSError, ValueError, AttributeError):  # closed, by now or from the start
                 self.lost += 1
 
     def flush(self) -> None:
@@ -60,7 +60,7 @@ STANDARD_ERROR = StandardError()
 
 def configure(level: str, log_format: LogFormat) -> None:
     """Send everything of `level` and above to standard error; `auto` is text on a terminal."""
-    as_text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
+    as_text = log_format == "text" or (log_format == "auto" and _is_terminal())
     handler = logging.StreamHandler(STANDARD_ERROR)
     handler.setFormatter(TextFormatter() if as_text else JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
@@ -68,6 +68,10 @@ def configure(level: str, log_format: LogFormat) -> None:
     # HOWTO, "Optimization").
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()  # None: it was closed from the start
 
 
 def write_request(logger: logging.Logger, level: int, request_id: str, members: str) -> None:

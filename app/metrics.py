@@ -29,6 +29,8 @@ _RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 _REFUSALS = frozenset({401, 408, 413, 429, 431, 503, 504})
 # Of these, the ones that took what a request takes.
 _WAITED = frozenset({408, 504})
+# The route of what never became a request: when it began nobody has noted.
+UNPARSED = "unparsed"
 
 
 class Metrics:
@@ -74,7 +76,8 @@ class Metrics:
     def finish_request(self, trace: Trace, route: str, status: int, seconds: float) -> None:
         """Count one answered request; `route` is a template of ours, never a client's path."""
         self._requests.add(1, route, str(status), trace.problem or "ok")
-        if status not in _REFUSALS or status in _WAITED:  # else overload would look fast
+        has_waited = status not in _REFUSALS or status in _WAITED
+        if has_waited and route != UNPARSED:  # else overload would look fast
             self._request_s.observe(seconds, route)
         self._received.add(trace.received_bytes)
         if status in _REFUSALS:

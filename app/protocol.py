@@ -22,6 +22,7 @@ from app.errors import PROBLEM_JSON, BodyTimeout, kind_of, problem_json
 from app.express import Express, express
 from app.farewell import Farewell, has_hung_up
 from app.head import read_head
+from app.metrics import UNPARSED
 from app.refusal import Answered
 from app.service import Service
 from app.settings import Settings
@@ -64,7 +65,6 @@ class BoundedProtocol(HttpToolsProtocol):
         self._is_idle = False  # between requests
         self._writing = Clock(self.loop)  # on answers that the client does not read
         self._begun = False  # a message has begun to arrive and is not complete
-        self._is_whole = False  # a message became complete in what came last
         self._in_headers = True  # or between requests
         self._deaf = False  # what comes is no longer listened to
         self._body_bytes = 0  # of this message
@@ -79,7 +79,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         """Start the clock: a client that connects has a request to send."""
-        self._farewell = Farewell(transport, self.loop, lambda: self._begun)
+        self._farewell = Farewell(
+            transport, self.loop, lambda: self._begun or self.flow.read_paused
+        )
         super().connection_made(self._farewell)
         excess = len(self.connections) - self.settings.max_connections
         self._is_spare = excess > 0
@@ -100,6 +102,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._farewell.end()
         super().connection_lost(exc)
 
+    def eof_received(self) -> None:
+        """Close: half a connection is none. What is unsent has its time, as everywhere."""
+        self._farewell.close()
+
     def data_received(self, data: bytes) -> None:
         """Parse what came, unless the message holds more besides its body than it may."""
         if self.transport.is_closing():
@@ -108,14 +114,15 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._deaf:
             return
         if self._is_idle:
+            if not data.strip(b"\r\n"):
+                return  # empty lines are no request (RFC 9112, 2.2), nor do they keep us waiting
             self._wake()
         data = self._take_body(data) if self._owed else self._take_usual(data)
         if not data or self.transport.is_closing():
             return
         self._allowance -= len(data)
-        self._is_whole = False
         self._parse(data)
-        is_more_due = (self._begun or not self._is_whole) and not self._deaf
+        is_more_due = self._begun and not self._deaf
         if is_more_due and not self._clock.is_running and not self.transport.is_closing():
             self._start_clock(self._patience_s())
         allowed = self._allowance + self._body_bytes * FRAMING_PER_BODY_BYTE
@@ -285,7 +292,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _end_message(self) -> None:
         self._clock.stop()
         self._begun = False
-        self._in_headers = self._is_whole = True
+        self._in_headers = True
         self._allowance, self._body_bytes = MAX_HEADER_BYTES, 0
         cycle = self.cycle
         if isinstance(cycle, Express):
@@ -309,6 +316,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """Serve the request that waits, or rest; uvicorn's own clock for that is not started."""
         if self.pipeline:
             super().on_response_complete()
+            if self._begun and self._clock.is_running:  # we made its body wait until now
+                self._start_clock(self._patience_s())
         else:
             self.server_state.total_requests += 1
             if not self.transport.is_closing():
@@ -431,7 +440,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 return
         trace = new_trace()
         trace.problem = kind_of(title)
-        report(self._service.metrics, trace, "-", "unparsed", status)
+        report(self._service.metrics, trace, "-", UNPARSED, status)
         headers = ((b"content-type", PROBLEM_JSON),)
         body = problem_json(status, title, detail)
         self.transport.write(answer(status, headers, body, trace, closing=True))

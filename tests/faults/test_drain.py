@@ -149,6 +149,7 @@ def test_client_that_does_not_read_does_not_hold_the_exit_up(fake: Start, figure
         figure(f"gone after {took_s:.2f} s of 0.7")
         assert took_s < 2
         assert code == 0
+        assert "a bug" not in server.log.read_text()
 
 
 def test_second_sigterm(fake: Start, figure: Figure) -> None:

@@ -22,13 +22,17 @@ COMMAND = (sys.executable, "-m", "tests.faults.observed", "--drain-delay-s", "0"
 
 
 @contextmanager
-def logging_to(descriptor: int, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Serve with standard error in a descriptor; give the process and its URL once it answers."""
+def logging_to(
+    descriptor: int | None, *arguments: str
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Serve with standard error in a descriptor, or closed; give process and URL at its answer."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = (*COMMAND, "--port", str(port), "--log-format", "json", *arguments)
+    if descriptor is None:
+        command = ("sh", "-c", 'exec "$@" 2>&-', "sh", *command)
     environment = clean_environment(OBSERVED_BATCH_MS="0")
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=descriptor) as process:
         try:
@@ -84,6 +88,15 @@ def test_lines_that_cannot_be_written(place: str, figure: Figure) -> None:
         assert raw(url, b"GET / HTTP/1.1\r\n").startswith(b"HTTP/1.1 408")
         figure(f"{lost(url):.0f} lines lost")
         assert lost(url) >= 4
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0
+
+
+def test_standard_error_that_is_closed() -> None:
+    """Without standard error there is no log, and requests are served and forgotten as ever."""
+    with logging_to(None, "--log-format", "auto", "--grace-s", "30") as (process, url):
+        assert one(url, post(make_image())).status == 200
+        assert lost(url) >= 1
         process.send_signal(signal.SIGTERM)
         assert process.wait(5) == 0
 

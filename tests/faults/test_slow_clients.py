@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import socket
 import statistics
 import time
+from pathlib import Path
 
 import pytest
 import uvloop
@@ -67,6 +69,20 @@ def others_p99_s(server: Server) -> float:
     """Return the median p99 of three rounds of forty requests a second."""
     rounds = [open_loop(server.url, [post(make_image())], 40, 2.5) for _ in range(3)]
     return statistics.median(percentile(answers, 0.99) for answers in rounds)
+
+
+def test_body_of_a_request_that_had_to_wait(fake: Start) -> None:
+    """The body of a request sent ahead has its whole time from when we read on."""
+    with (
+        fake(batch_ms=1500, max_batch=1, body_timeout_s=1) as server,
+        dial(server.url) as client,
+    ):
+        request = post(make_image())
+        client.sendall(request + request[:-9])
+        assert b" 200 " in read_answer(client)
+        time.sleep(0.7)  # 2.2 s after its first byte, 0.7 after its turn has come
+        client.sendall(request[-9:])
+        assert b" 200 " in read_answer(client)
 
 
 @pytest.mark.slow
@@ -149,12 +165,66 @@ def test_idle_after_an_early_answer(fake: Start, monkeypatch: pytest.MonkeyPatch
         assert 0.5 < time.monotonic() - start < 5
 
 
+@pytest.mark.parametrize("body", [make_image(), b"no image"])
+def test_empty_lines(fake: Start, monkeypatch: pytest.MonkeyPatch, body: bytes) -> None:
+    """Empty lines after a request neither end an idle connection early nor hold it longer."""
+    monkeypatch.setenv("OBSERVED_KEEP_ALIVE_S", "2")
+    with fake(header_timeout_s=0.5) as server, dial(server.url) as client:
+        client.sendall(post(body) + b"\r\n")
+        assert b"HTTP/1.1 " in read_answer(client)
+        time.sleep(1)
+        client.sendall(b"\r\n\r\n" + post(body))
+        assert b"HTTP/1.1 " in read_answer(client)
+        start = time.monotonic()
+        client.settimeout(0.1)
+        heard = b"more"
+        while heard and time.monotonic() < start + 10:
+            try:
+                heard = client.recv(65536)
+            except TimeoutError:
+                client.sendall(b"\r\n")
+            except ConnectionError:
+                heard = b""
+        assert 1.5 < time.monotonic() - start < 5
+
+
+@pytest.mark.slow
+def test_half_a_connection_that_does_not_read(fake: Start) -> None:
+    """A client that sends no more, and leaves less than a buffer unread, is dropped, too."""
+    with fake() as server, dial(server.url, receive_buffer=4096) as client:
+        for _ in range(1000):
+            held = _held_by_the_kernel(client)
+            client.sendall(get("/openapi.json"))  # less than what is waited for to be read
+            time.sleep(0.05)
+            if _held_by_the_kernel(client) - held < 10_000:  # the server has the rest
+                break
+        before = server.descriptors()
+        client.shutdown(socket.SHUT_WR)
+        start = time.monotonic()
+        while server.descriptors() >= before and time.monotonic() < start + 30:
+            time.sleep(0.1)
+        assert 5 < time.monotonic() - start < 20
+
+
+def _held_by_the_kernel(client: socket.socket) -> int:
+    """Return the bytes of answers that are sent and not read, on both sides."""
+    port = f":{client.getsockname()[1]:04X}"
+    total = 0
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, ours, theirs, _, queues, *_ = line.split()
+        sent, received = queues.split(":")
+        if theirs.endswith(port):
+            total += int(sent, 16)
+        elif ours.endswith(port):
+            total += int(received, 16)
+    return total
+
+
 @pytest.mark.parametrize(
     ("rest", "more"),
     [
         (b"POST /cl", b""),
         (b"POST /cl", b"x"),
-        (b"\r\n", b"\r\n"),
         (BODY_HEAD, b""),
         (BODY_HEAD, b"x"),
     ],
