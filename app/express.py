@@ -167,7 +167,7 @@ class Express:
         if _TIMEOUT in self._fields:
             # Without one, the body has its own time, and the deadline only what follows.
             self._clock.start(self._deadline - time.monotonic(), self._be_late)
-        self._reader = image_reader(self._field(b"content-type"), settings.queue_size)
+        self._reader = image_reader(self._field(b"content-type"))
         if is_longer(self._field(b"content-length"), settings.max_upload_bytes):
             raise BodyTooLarge(settings.max_upload_bytes)
 

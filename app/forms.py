@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 # Besides images a form may hold some other fields. Each part costs some 30 µs of the event loop: a
 # form of nothing but parts would hold it for seconds.
 SPARE_PARTS = 16
-
+# The parser goes byte by byte, 0.2 s a MiB, through all that is not content (blanks behind a
+# boundary, say). So much of it a form may have, and each of its parts.
+_FRAMING_BYTES = 8 * 1024
+_FRAMING_BYTES_PER_PART = 1024
+# What is fed at once, until that is looked at.
+_SLICE_BYTES = 16 * 1024
+_TOO_MANY_PARTS = "The form has more parts than images can be taken."
 
 # Pieces that are smaller are put together as they come: each has an overhead of its own.
 _PIECE_BYTES = 64 * 1024
@@ -92,6 +98,8 @@ class Form:
         # the body with them, until the garbage collector comes.
         self._fields = _Fields(max_images + SPARE_PARTS)
         self._started = False
+        self._boundary = b"\r\n--" + boundary
+        self._boundaries_left = max_images + SPARE_PARTS
         try:
             self._parser = MultipartParser(boundary, self._fields.callbacks())
         except FormParserError as error:
@@ -101,13 +109,20 @@ class Form:
         """Parse the next bytes of the body.
 
         Raises:
-            MalformedForm: not a multipart form, or one of too many parts.
+            MalformedForm: not a multipart form, or one of too many parts or too little content.
         """
         self._started = self._started or bool(chunk)
-        try:
-            self._parser.write(chunk)
-        except FormParserError as error:
-            raise MalformedForm("The multipart form cannot be read.") from error
+        # The parser takes as long over what only begins like a boundary.
+        self._boundaries_left -= chunk.count(self._boundary)
+        if self._boundaries_left < 0:
+            raise MalformedForm(_TOO_MANY_PARTS)
+        for start in range(0, len(chunk), _SLICE_BYTES):
+            piece = chunk[start : start + _SLICE_BYTES]
+            try:
+                self._parser.write(piece)
+            except FormParserError as error:
+                raise MalformedForm("The multipart form cannot be read.") from error
+            self._fields.check(len(piece))
 
     def image(self) -> bytes:
         """Return the one image of the field `file`.
@@ -148,6 +163,7 @@ class _Fields:
         self.found: dict[bytes, list[bytes]] = {}
         self.are_whole = False
         self._parts_left = most_parts
+        self._framing_left = _FRAMING_BYTES
         self._header = (bytearray(), bytearray())  # name, value
         self._name = b""
         self._content = Pieces()
@@ -164,11 +180,22 @@ class _Fields:
             "on_end": self._end,
         }
 
+    def check(self, size: int) -> None:
+        """Refuse a form of whose last `size` bytes, and those before, too few were content.
+
+        Raises:
+            MalformedForm: it is one.
+        """
+        self._framing_left -= size  # what was content has been added
+        if self._framing_left < 0:
+            raise MalformedForm("The form has too little content between its boundaries.")
+
     def _begin(self) -> None:
         self._name, self._content = b"", Pieces()
+        self._framing_left += _FRAMING_BYTES_PER_PART
         self._parts_left -= 1
         if self._parts_left < 0:
-            raise MalformedForm("The form has more parts than images can be taken.")
+            raise MalformedForm(_TOO_MANY_PARTS)
 
     def _add(self, which: int, data: bytes) -> None:
         self._header[which].extend(data)
@@ -181,11 +208,11 @@ class _Fields:
             self._name = options.get(b"name", b"")
 
     def _add_content(self, data: bytes, start: int, end: int) -> None:
+        self._framing_left += end - start
         self._content.add(memoryview(data)[start:end])
 
     def _end_part(self) -> None:
         self.found.setdefault(self._name, []).append(self._content.join())
-        self._content = Pieces()
 
     def _end(self) -> None:
         self.are_whole = True

@@ -54,7 +54,7 @@ def is_longer(declared: str, limit: int) -> bool:
     return digits.isdecimal() and (len(digits) > 18 or int(digits) > limit)
 
 
-def image_reader(content_type: str, max_images: int) -> Form | RawBody:
+def image_reader(content_type: str) -> Form | RawBody:
     """Return what reads a body of that type with one image: a form's field `file`, or all of it.
 
     Raises:
@@ -63,7 +63,7 @@ def image_reader(content_type: str, max_images: int) -> Form | RawBody:
     """
     media_type = content_type.partition(";")[0].strip(" \t").lower()
     if media_type == FORM:
-        return Form(content_type, max_images)
+        return Form(content_type, 1)
     if media_type and media_type != RAW and not media_type.startswith("image/"):
         raise UnsupportedFormat(
             f"Send the image as {FORM} with field 'file', raw as image/* or {RAW}, "
@@ -81,7 +81,7 @@ async def read_image(
         EmptyBody, BodyTooLarge, BodyTimeout, DeadlineExceeded, MalformedForm, UnsupportedFormat,
             QueueFull: as their names say.
     """
-    reader = image_reader(request.headers.get("content-type", ""), settings.queue_size)
+    reader = image_reader(request.headers.get("content-type", ""))
     deadline = await _receive(request, settings, budget, reader.feed)
     return reader.image(), deadline
 
