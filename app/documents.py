@@ -12,7 +12,7 @@ from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJsonSchema
 
 from app.admission import BodyBudget
-from app.errors import DeadlineExceeded, InvalidParameter, MalformedJson
+from app.errors import DeadlineExceeded, InvalidParameter, MalformedJson, Problem
 from app.predictions import ScoreFunction
 from app.settings import Settings
 from app.uploads import read_body, unless_gone
@@ -109,12 +109,29 @@ async def read_alone(
         ClientDisconnect: the client has gone.
     """
     body, deadline = await read_body(request, settings, budget)
-    parsed = asyncio.get_running_loop().run_in_executor(_READER, parse, body)
+    found = asyncio.get_running_loop().run_in_executor(_READER, _outcome, parse, body)
+    del body  # no longer held than it is read
     try:
         async with asyncio.timeout(deadline - time.monotonic()):
-            return await unless_gone(request, parsed), deadline
+            outcome = await unless_gone(request, found)
     except TimeoutError:
         raise DeadlineExceeded("The request's time ran out before its body was read.") from None
+    if isinstance(outcome, Problem):
+        raise outcome
+    return outcome, deadline
+
+
+def _outcome(parse: Callable[[bytes], Answer], body: bytes) -> Answer | Problem:
+    """Return what `parse` makes of a body, or the problem that it is.
+
+    Raised through the future that waits for it, a problem would be in a circle with its traceback,
+    which holds the body and all that was made of it, until the garbage collector comes.
+    """
+    try:
+        return parse(body)
+    except Problem as problem:
+        problem.__traceback__ = problem.__cause__ = problem.__context__ = None
+        return problem
 
 
 def parse_document(body: bytes | memoryview, kind: type[Document]) -> Document:
@@ -130,7 +147,8 @@ def parse_document(body: bytes | memoryview, kind: type[Document]) -> Document:
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
+        # Without its context, whose frames know the text, and this one.
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "json_invalid":
             raise MalformedJson(f"The body is not JSON: {message}.") from None

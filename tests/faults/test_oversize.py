@@ -1,6 +1,7 @@
 """Promise 7: nobody can make it hold, write or read more than it said it would."""
 
 import contextlib
+import json
 import socket
 import time
 from pathlib import Path
@@ -72,6 +73,21 @@ def test_json_of_many_members(fake: Start, figure: Figure) -> None:
         growth = server.resident_mib() - before
         figure(f"memory grew by {growth:.0f} MiB for bodies of {len(body) >> 20}")
         assert growth < 64
+
+
+@pytest.mark.parametrize("text", ["\N{GRINNING FACE}", "!"])
+def test_refused_documents_are_let_go(fake: Start, figure: Figure, text: str) -> None:
+    """A document that is refused is gone with its answer, not with the next garbage collection."""
+    body = json.dumps({"image": text + "A" * 5_000_000}, ensure_ascii=False).encode()
+    with fake() as server:
+        one(server.url, post(make_image()))
+        before = server.resident_mib()
+        for _ in range(20):
+            answer = one(server.url, post(body, Content_Type="application/json"))
+            assert answer.status == 422
+        growth = server.resident_mib() - before
+        figure(f"memory grew by {growth:.0f} MiB after 20 of 5 MB")
+        assert growth < 80
 
 
 def test_chunked_body_stops_at_the_limit(fake: Start, figure: Figure) -> None:
