@@ -19,7 +19,8 @@ from app.settings import Settings
 _HEADROOM = 0.7
 # So many batches are always taken, one of them in the engine. A large model on a CPU may need
 # longer for two than the budget is long: it would never see a full batch, and refused clients that
-# come again at once would take the very cores that it runs on.
+# come again at once would take the very cores that it runs on. Decoding has no batches to fill: it
+# has to keep within the budget.
 _BATCHES_TAKEN = 4
 
 
@@ -144,9 +145,11 @@ class Admission:
 
     def _over_budget(self) -> Refusal | None:
         """Return a refusal if one more image, which counts itself, would outlast the budget."""
-        if self.images < _BATCHES_TAKEN * self._settings.max_batch:
+        if self.images == 0:  # what is refused measures nothing: a slow spell would never end
             return None
-        wait_s = self._latency.wait_s(self.images + 1)
+        pending = self.images + 1
+        is_taken = self.images < _BATCHES_TAKEN * self._settings.max_batch
+        wait_s = (self._latency.decoding_s if is_taken else self._latency.wait_s)(pending)
         if wait_s * 1000 <= self._settings.queue_budget_ms * _HEADROOM:
             return None
         return Refusal("The queue is too long.", max(1, math.ceil(wait_s)), "queue-budget")

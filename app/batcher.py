@@ -150,12 +150,14 @@ class Batcher:
         """Count a batch whose shares are all done, and hand its logits to the event loop."""
         took_s = time.perf_counter() - batch.inferring
         logits = None
+        is_useless = False
         with self._books:
             try:
                 logits = self._count(batch.logits(), took_s)
                 self._metrics.finish_batch(len(logits), batch.forming_s, took_s)
                 for entry in batch.entries:
                     entry.inferring, entry.inferred = batch.inferring, batch.inferring + took_s
+                is_useless = not np.isfinite(logits).any()
             except Exception:
                 # Whatever it was, only this batch fails: the next may well pass.
                 logits = None
@@ -163,12 +165,15 @@ class Batcher:
                 size = len(batch.entries)
                 logger.exception("a batch of %d failed, of the requests %s", size, ids)
                 self.failures += 1
+        if is_useless:  # the images' doing or the engine's? One client's must not end the service
+            self._probe()
         self._loop.call_soon_threadsafe(_settle, batch.entries, logits)
 
     def _count(self, logits: NDArray[np.float32], seconds: float) -> NDArray[np.float32]:
-        """Take in the time of an inference, and how often in a row they were useless."""
+        """Take in the time of an inference, and whether it was of any use."""
         self._latency.observe_batch(len(logits), seconds)
-        self.failures = 0 if np.isfinite(logits).any() else self.failures + 1
+        if np.isfinite(logits).any():
+            self.failures = 0
         return logits
 
     def _gather(self) -> list[Entry] | None:
@@ -211,6 +216,8 @@ class Batcher:
         start = time.perf_counter()
         try:
             logits = _infer(self._engine, patches, Share(1))
+            if not np.isfinite(logits).any():
+                raise RuntimeError("the logits are not finite")
             with self._books:
                 self._count(logits, time.perf_counter() - start)
         except Exception:

@@ -62,7 +62,7 @@ class LatencyTable:
 
     def service_s(self, images: int) -> float:
         """Return the seconds that `images` take on an idle service."""
-        return self._decoding_s(images) + self.inference_s(images)
+        return self._alone_s(images) + self.inference_s(images)
 
     def stay_calm(self) -> None:
         """Keep what is known now as what an idle service can do."""
@@ -79,14 +79,18 @@ class LatencyTable:
             return False
         has_rested = time.monotonic() - self._observed > RESTED_S
         engine = self._calm if has_rested else self
-        return self._calm._decoding_s(images) + engine.inference_s(images) <= seconds
+        return self._calm._alone_s(images) + engine.inference_s(images) <= seconds
 
     def wait_s(self, pending: int) -> float:
         """Return the seconds until `pending` images, all admitted before, are answered.
 
         Decoding and inference go on side by side, so the slower of the two sets the pace.
         """
-        return max(self._decode_s * pending / self._decode_threads, self.inference_s(pending))
+        return max(self.decoding_s(pending), self.inference_s(pending))
+
+    def decoding_s(self, pending: int) -> float:
+        """Return the seconds until `pending` images, all admitted before, are decoded."""
+        return self._decode_s * pending / self._decode_threads
 
     def spare_s(self, images: int, piece_s: float) -> float:
         """Return the seconds that `images` take in inferences of at most `piece_s` each."""
@@ -103,9 +107,9 @@ class LatencyTable:
         full, rest = divmod(images, self._max_batch)
         return full * self._seconds[self._max_batch] + self._seconds[rest]
 
-    def _decoding_s(self, images: int) -> float:
+    def _alone_s(self, images: int) -> float:
         """Return the seconds that `images` take to decode on an idle service."""
-        return self._decode_s * (1 + images / self._decode_threads)
+        return self._decode_s + self.decoding_s(images)
 
 
 def _follow(known: float, seconds: float) -> float:

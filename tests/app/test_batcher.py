@@ -66,6 +66,17 @@ def test_probes_with_several_threads(serve: Serve, monkeypatch: pytest.MonkeyPat
     assert client.post("/classify", content=make_image()).status_code == 200
 
 
+def test_image_that_has_no_logits(serve: Serve) -> None:
+    """A client whose image gives NaN again and again has its 500s, and others their service."""
+    white = np.float32(25.5)
+    engine = FakeEngine(fault=lambda logits: np.where(logits == white, np.float32("nan"), logits))
+    client = serve(engine)
+    for _ in range(2 * FAILURES_UNTIL_NOT_READY):
+        assert client.post("/classify", content=make_image((255, 255, 255))).status_code == 500
+        assert client.get("/readyz").status_code == 200
+    assert client.post("/classify", content=make_image((9, 9, 9))).status_code == 200
+
+
 @pytest.fixture
 def entries() -> Iterator[list[Entry]]:
     """Return seven entries, each of whose pictures is all of its own number."""

@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.admission import Admission
 from app.latency import FRESHNESS, LatencyTable
+from app.settings import Settings
 
 MAX_BATCH = 20
 measurements = st.lists(
@@ -43,3 +45,18 @@ def test_slow_pictures_are_not_the_next_ones_fault() -> None:
     for _ in range(20):
         table.observe_batch(1, 1.0)
     assert not table.could_do(1, 0.1)
+
+
+def test_slow_decoding_keeps_within_the_budget() -> None:
+    """Four batches are taken of a slow model's images, but no more than can be decoded in time."""
+    for decode_s, infer_s, taken in ((0.001, 4.0, 64), (0.19, 0.016, 7)):
+        latency = LatencyTable(max_batch=16, decode_threads=2)
+        latency.observe_decode(decode_s)
+        latency.observe_batch(16, infer_s)
+        admission = Admission(Settings(queue_budget_ms=1000), latency)
+        while admission.refusal() is None:
+            admission.images += 1
+        assert admission.images == taken
+    latency.observe_decode(100)
+    admission.images = 0
+    assert admission.refusal() is None  # what is refused measures nothing

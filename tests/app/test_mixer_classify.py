@@ -385,6 +385,7 @@ def test_proxy_that_cannot_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (("http://host:port", "FOLDER"), "no address of a server"),
         (("http://127.0.0.1:99999", "FOLDER"), "no address of a server"),
         (("http://127.0.0.1:9?x=1", "FOLDER"), "it has a query"),
+        (("http://", "FOLDER"), "it names no host"),
         ((MODEL, "FOLDER", "--top-k", "abc"), "'abc' is not a number from 1"),
     ],
 )
