@@ -178,7 +178,8 @@ def read_settings(
         if variable.startswith(PREFIX):
             name = variable.removeprefix(PREFIX).lower()
             if name not in Settings.model_fields or variable != variable.upper():
-                raise StartupError(f"{variable}={value}: no such setting; see mixer-serve --help")
+                told = "…" if "KEY" in variable.upper() else value  # a slip may name the key itself
+                raise StartupError(f"{variable}={told}: no such setting; see mixer-serve --help")
             values[name], shown[name] = value, f"{variable}={value}"
     for name, value in flags.items():
         values[name], shown[name] = value, f"{_flag(name)} {value}"

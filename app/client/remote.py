@@ -1,11 +1,14 @@
 """Images through a running server: bounded, patient, and told apart what cannot be helped."""
 
 import asyncio
+import logging
 from typing import Any
 
 import httpx2
 
 from app.client.results import Prediction
+
+logger = logging.getLogger(__name__)
 
 # After a connection that failed; doubled each time.
 FIRST_WAIT_S = 0.5
@@ -51,6 +54,8 @@ class RemoteClassifier:
             raise ServerError(f"a proxy in the environment cannot be used: {error}") from None
         if (self._client.base_url.port or 0) > MAX_PORT:
             raise ServerError(f"{url}: no address of a server (ports end at {MAX_PORT})")
+        if not self._client.base_url.host:
+            raise ServerError(f"{url}: no address of a server (it names no host)")
         if self._client.base_url.query or self._client.base_url.fragment:
             raise ServerError(f"{url}: no address of a server (it has a query)")
 
@@ -106,6 +111,9 @@ class RemoteClassifier:
                 if last:
                     reason = str(error) or type(error).__name__
                     raise ServerError(f"{self._client.base_url}: {reason}") from None
+                if attempt == 1 and path == "/model":  # else nothing would be heard for minutes
+                    url = self._client.base_url
+                    logger.error("%s does not answer; trying again", url)  # noqa: TRY400 - see ServerError
                 await asyncio.sleep(wait_s)
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
                 continue

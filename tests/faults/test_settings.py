@@ -93,6 +93,13 @@ def test_two_that_begin_at_once(tmp_path: Path) -> None:
             process.wait()
 
 
+def test_key_in_place_of_its_file() -> None:
+    """A key that an operator gives by a slip is not shown: the line goes to a collector."""
+    result = run_serve(MIXER_API_KEY="s3cret")
+    assert "MIXER_API_KEY=…: no such setting" in result.stderr
+    assert "s3cret" not in result.stderr
+
+
 def test_value_of_several_lines() -> None:
     """A value with a line break in it is still one line."""
     result = run_serve(MIXER_PORT="80\n00")
