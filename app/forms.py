@@ -22,7 +22,7 @@ SPARE_PARTS = 16
 _FRAMING_BYTES = 8 * 1024
 _FRAMING_BYTES_PER_PART = 1024
 # What is fed at once, until that is looked at.
-_SLICE_BYTES = 16 * 1024
+_SLICE_BYTES = 32 * 1024
 _TOO_MANY_PARTS = "The form has more parts than images can be taken."
 
 # Pieces that are smaller are put together as they come: each has an overhead of its own.

@@ -159,7 +159,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
         Raises:
             OverflowError: too many requests ahead of their answers, headers too large, a coding
-                that is none of ours, or no probe where only those are taken; it stops the parser.
+                that is none of ours, two hosts, or no probe where only those are taken; it stops
+                the parser.
         """
         if self._is_spare and self.url.partition(b"?")[0].decode("latin-1") not in OPEN_PATHS:
             self._refuse(*FULL)
@@ -173,6 +174,9 @@ class BoundedProtocol(HttpToolsProtocol):
         if any(n == b"transfer-encoding" and v.lower() != b"chunked" for n, v in self.headers):
             self._refuse(400, "Bad request", "The only Transfer-Encoding taken is chunked.")
             raise OverflowError("a coding that is none of ours")
+        if sum(name == b"host" for name, _ in self.headers) > 1:  # RFC 9112, 3.2
+            self._refuse(400, "Bad request", "There is more than one Host.")
+            raise OverflowError("two hosts")
         self._in_headers = False
         self._clock.stop()  # `data_received` starts the body's, if the body is still to come
         if (

@@ -165,6 +165,8 @@ def test_many_pipelined_requests(fake: Start, figure: Figure) -> None:
         (b"POST /classify HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n", 400),
         (b"POST /explain HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\naa\r\n", 400),
         (b"CONNECT test:443 HTTP/1.1\r\nHost: test\r\n\r\n", 400),
+        (b"GET /livez HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+        (post(make_image()).replace(b"Host: test", b"Host: a\r\nHost: b"), 400),
         (b"GET http://test/livez HTTP/1.1\r\nHost: test\r\n\r\n", 200),
         (b"GET /livez HTTP/1.0\r\n\r\n", 200),
         (b"OPTIONS /classify HTTP/1.1\r\nHost: test\r\n\r\n", 405),
