@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from app.batcher import FAILURES_UNTIL_NOT_READY, Batch
+from app.batcher import FAILURES_UNTIL_NOT_READY, Batch, Batcher, _settle
 from app.engine import OnnxEngine
 from app.entry import Entry
+from app.errors import InferenceFailed
 from app.images import Picture
+from app.latency import LatencyTable
+from app.metrics import Metrics
 from app.settings import EMBEDDED_MODEL
 from app.shares import Share
 from tests.conftest import Serve
@@ -90,6 +93,39 @@ def entries() -> Iterator[list[Entry]]:
     loop.close()
 
 
+class HeldBatches(FakeEngine):
+    """Keeps its first batches until the end; of those of two images the first has no logits."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads=threads)
+        self.begun = threading.Semaphore(0)
+        self.turn = threading.Event()
+
+    def run(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return the logits when it is time."""
+        logits = super().run(patches)
+        if len(patches) == 2:
+            logits[0] = np.nan
+        self.begun.release()
+        assert self.turn.wait(20)
+        return logits
+
+    async def close_over(self, entries: list[Entry], max_batch: int) -> Batcher:
+        """Close a batcher whose threads have each an image, while the others are queued."""
+        batcher = Batcher(self, max_batch, LatencyTable(max_batch, 1), Metrics())
+        for number, entry in enumerate(entries):
+            batcher.put(entry)
+            assert number >= self.threads or self.begun.acquire(timeout=10)
+        closing = threading.Thread(target=batcher.close, daemon=True)
+        closing.start()
+        closing.join(0.1)  # by now it has asked them to end
+        self.turn.set()
+        closing.join(10)
+        assert not closing.is_alive(), "a thread never ended"
+        await asyncio.sleep(0)  # what they have handed over
+        return batcher
+
+
 def test_shares_in_any_order(entries: list[Entry]) -> None:
     """Each image gets its own logits, whichever share is inferred first."""
     batch = Batch(entries, [Share(3), Share(2), Share(2)])
@@ -105,6 +141,30 @@ def test_one_share_that_fails(entries: list[Entry]) -> None:
     assert batch.infer(1, FakeEngine())
     with pytest.raises(RuntimeError, match="0 logits for 4 images"):
         batch.logits()
+
+
+@pytest.mark.parametrize("logits", [np.zeros((2, 3), np.float32), None])
+def test_given_up_beside_wanted(entries: list[Entry], logits: NDArray[np.float32] | None) -> None:
+    """An image that nobody waits for any more costs its neighbour nothing, nor its problem."""
+    given_up, wanted = entries[:2]
+    given_up.release()
+    _settle([given_up, wanted], logits)
+    assert isinstance(wanted.future.result(), InferenceFailed if logits is None else np.ndarray)
+
+
+def test_bad_images_are_not_a_bad_engine(entries: list[Entry]) -> None:
+    """However many batches hold an image whose logits are not finite, the others show it works."""
+    engine = HeldBatches(threads=1)
+    batcher = asyncio.run(engine.close_over(entries, max_batch=2))
+    assert engine.batches == [1, 2, 2, 2]
+    assert batcher.failures == 0
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 16])
+def test_close_answers_what_is_queued(entries: list[Entry], max_batch: int) -> None:
+    """What is queued when it ends is answered first, and every thread of the engine ends."""
+    asyncio.run(HeldBatches(threads=2).close_over(entries, max_batch))
+    assert all(entry.future.done() for entry in entries)
 
 
 @pytest.mark.parametrize("is_small", [True, False])
