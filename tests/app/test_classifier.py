@@ -2,22 +2,29 @@
 
 import asyncio
 import threading
+import time
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from app.admission import Admission
 from app.classifier import Classifier
+from app.decoders import Decoders
+from app.images import Picture
 from app.latency import LatencyTable
 from app.metrics import Metrics
 from app.settings import Settings
 from tests.fakes import FakeEngine
 
 
-def _classifier() -> Classifier:
+def _classifier(engine: FakeEngine | None = None) -> Classifier:
     """Return one with a single thread, on the running loop."""
     settings = Settings(decode_threads=1)
     latency = LatencyTable(settings.max_batch, settings.decode_threads)
-    return Classifier(FakeEngine(), settings, latency, Admission(settings, latency), Metrics())
+    return Classifier(
+        engine or FakeEngine(), settings, latency, Admission(settings, latency), Metrics()
+    )
 
 
 def test_work_that_nobody_waits_for(caplog: pytest.LogCaptureFixture) -> None:
@@ -55,3 +62,66 @@ def test_work_that_fails() -> None:
         await classifier.close()
 
     asyncio.run(run())
+
+
+def test_upload_that_nobody_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upload given up before its turn is not decoded."""
+    decoded: list[bytes] = []
+    monkeypatch.setattr(Decoders, "decode", lambda _, upload: decoded.append(upload))
+
+    async def run() -> None:
+        classifier = _classifier()
+        turn = threading.Event()
+        task = asyncio.create_task(classifier.in_decoder(turn.wait))
+        await asyncio.sleep(0)  # it is queued
+        classifier.submit(b"given up", "").release()
+        turn.set()
+        await task
+        await classifier.close()
+
+    asyncio.run(run())
+    assert decoded == []
+
+
+def test_bug_beside_a_decoder(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bug outside of what anybody waits for is logged, and the thread goes on."""
+    monkeypatch.setattr(LatencyTable, "observe_decode", lambda *_: 1 // 0)
+
+    async def run() -> None:
+        classifier = _classifier()
+        await classifier.submit(b"no image", "").future
+        async with asyncio.timeout(10):
+            assert await classifier.in_decoder(lambda: "next") == "next"
+        await classifier.close()
+
+    asyncio.run(run())
+    assert "a bug beside a decoder" in caplog.text
+
+
+def test_spare_work_that_nobody_waits_for() -> None:
+    """Of an explanation whose client has gone, only what is in the engine is inferred."""
+    begun, turn = threading.Event(), threading.Event()
+
+    def hold(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        begun.set()
+        assert turn.wait(10)
+        return logits
+
+    engine = FakeEngine(fault=hold)
+    pictures = [Picture("PNG", 8, 8, np.zeros((4, 48), np.uint8))] * 100
+
+    async def run() -> None:
+        classifier = _classifier(engine)
+        deadline = time.monotonic() + 10
+        task = asyncio.create_task(classifier.infer_spare(pictures, deadline))
+        await asyncio.to_thread(begun.wait, 10)
+        task.cancel()
+        await asyncio.wait([task])
+        turn.set()
+        await classifier.infer_spare(pictures[:1], deadline)  # the last in line
+        await classifier.close()
+
+    asyncio.run(run())
+    assert len(engine.batches) == 2
