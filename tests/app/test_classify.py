@@ -33,6 +33,13 @@ def problem(answer: httpx2.Response, status: int) -> dict[str, Any]:
     return body
 
 
+def in_flight(client: TestClient) -> list[float]:
+    """Return how many requests, bytes of bodies and images the service says it holds."""
+    told = client.get("/metrics").text
+    names = ("requests_in_flight", "body_bytes_in_flight", "queue_depth")
+    return [float(told.partition(f"\nmixer_{name} ")[2].split()[0]) for name in names]
+
+
 def labels(answer: httpx2.Response) -> list[str]:
     """Return the predicted labels, best first."""
     assert answer.status_code == 200, answer.text
@@ -201,6 +208,8 @@ class TestErrors:
         cut = client.post("/classify", content=part + b"\r\n", headers=form)
         assert "ends before" in problem(cut, 400)["detail"]
         assert client.post("/classify", content=part + b"--\r\n", headers=form).status_code == 200
+        nameless = client.post("/classify", content=part + b"\r\n\r\nx\r\n--b--\r\n", headers=form)
+        assert nameless.status_code == 200, nameless.text  # a part, but no second 'file'
         junk = client.post("/classify", content=b"junk", headers=form)
         assert "cannot be read" in problem(junk, 400)["detail"]
 
@@ -361,6 +370,20 @@ class TestErrors:
         monkeypatch.setattr("app.decoders.Decoder.decode", lambda *_: 1 / 0)
         body = problem(client.post("/classify", content=make_image()), 500)
         assert "zero" not in body["detail"]
+        assert in_flight(client) == [0, 0, 0]
+
+    @pytest.mark.parametrize("path", ["/classify", "/classify/batch"])
+    def test_nothing_is_left_in_flight(self, client: TestClient, path: str) -> None:
+        """A problem over a body that is already here gives all of its bytes back."""
+        form = {"Content-Type": "multipart/form-data; boundary=b"}
+        problem(client.post(path, content=b"--b\r\n", headers=form), 400)
+        assert in_flight(client) == [0, 0, 0]
+
+    def test_deadline_of_the_setting(self, serve: Serve) -> None:
+        """A client that asks for more time than the setting allows does not get it."""
+        client = serve(FakeEngine(seconds=0.2), max_batch=1, request_timeout_ms=100)
+        headers = {"X-Request-Timeout-Ms": "10000"}
+        problem(client.post("/classify", content=make_image(), headers=headers), 504)
 
 
 def test_health_and_model(client: TestClient) -> None:

@@ -107,9 +107,10 @@ def test_bad_index(client: TestClient) -> None:
 
 
 def test_bad_image(client: TestClient) -> None:
-    """A bad upload is the same problem as on `/classify`."""
+    """A bad upload is the same problem as on `/classify`, and in nobody's way afterwards."""
     problem(explain(client, b"hello"), 415)
     problem(explain(client, b""), 400)
+    assert explain(client, corner()).status_code == 200
 
 
 def test_one_at_a_time_and_last_in_line(serve: Serve) -> None:
