@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from app.buckets import bucket_sizes
 from app.cuda import GpuOptions, cuda_options, tensorrt_options
 from app.engine import OnnxEngine
 from app.errors import StartupError
+from app.model_card import CardError, Golden, read_metadata, write_metadata
 from app.settings import EMBEDDED_MODEL
+from app.shares import Share, Shares
+from tests.fakes import make_card
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,28 @@ def test_a_share_that_fails_fails_its_batch_alone(exact: OnnxEngine) -> None:
     with pytest.raises(Exception, match="patches"):
         shared.run(np.zeros((4, 63, 48), np.uint8))
     np.testing.assert_allclose(shared.run(draw(4)), exact.run(draw(4)), atol=1e-5)
+
+
+def test_images_of_many_tokens() -> None:
+    """Images that have each more tokens than an inference is to have are inferred one by one."""
+    session = Mock()
+    assert Shares(session, session, threads=2, tokens=784).cut(5) == [Share(1)] * 5
+
+
+def test_model_that_is_wrong_in_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose golden sample passes alone and fails inside a batch is refused."""
+    run = Shares.run
+    monkeypatch.setattr(Shares, "run", lambda self, x: run(self, x) + float(len(x) > 1))
+    with pytest.raises(StartupError, match="golden sample's logits differ by 1 "):
+        OnnxEngine(EMBEDDED_MODEL, "cpu", 1)
+
+
+def test_card_with_a_label_too_few() -> None:
+    """A card whose labels are not as many as the golden sample's logits is refused."""
+    patches, logits = np.zeros((1, 4, 48), np.uint8), np.zeros((1, 3), np.float32)
+    metadata = write_metadata(make_card(("red", "green")), Golden.of(patches, logits, 0.1))
+    with pytest.raises(CardError, match="2 labels for 3 logits"):
+        read_metadata(metadata)
 
 
 def test_answers_survive_the_next_batch(bucketed: OnnxEngine) -> None:

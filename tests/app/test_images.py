@@ -243,6 +243,15 @@ def test_broken_exif_does_not_matter() -> None:
     assert decode(data, as_is(16), PIXELS).width == 16
 
 
+def test_pixels_of_a_webp_are_bounded() -> None:
+    """A WebP without a header for its canvas may have 16 million pixels, as one with it."""
+    data = bytearray(encode(Image.new("RGB", (16, 16)), "WEBP"))
+    assert data[12:16] == b"VP8 "
+    data[26:30] = struct.pack("<HH", 4001, 4001)  # RFC 6386, section 9.1
+    with pytest.raises(TooManyPixels):
+        decode(bytes(data), as_is(16), PIXELS)
+
+
 def test_scans_are_bounded() -> None:
     """A JPEG with too many scans for its size is refused before it is decoded."""
     data = encode(Image.new("RGB", (2000, 2000)), "JPEG", progressive=True)
