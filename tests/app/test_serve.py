@@ -19,7 +19,7 @@ from app import start
 from app.cpus import available_cpus
 from app.errors import StartupError
 from app.serve import _allow_descriptors
-from app.settings import EMBEDDED_MODEL, Settings
+from app.settings import EMBEDDED_MODEL, Settings, read_settings
 from tests.fakes import encode, make_image
 from tests.processes import ROOT, clean_environment, run_serve, serving
 
@@ -133,6 +133,16 @@ def test_bad_setting(setting: str, value: str, allowed: str) -> None:
     assert allowed in line
 
 
+def test_settings_as_they_are_spelled() -> None:
+    """Limits may be equal; a variable in other letters and a flag cut short are none of ours."""
+    flags = ["--max-upload-bytes", "2000", "--max-bytes-in-flight", "2000"]
+    assert read_settings(flags, {}).max_bytes_in_flight == 2000
+    with pytest.raises(StartupError, match="MIXER_Port=1: no such setting"):
+        read_settings([], {"MIXER_Port": "1"})
+    with pytest.raises(SystemExit):
+        read_settings(["--max-batc", "8"], {})
+
+
 def test_bad_flag() -> None:
     """A flag out of its range, or unknown, is one line, and a flag wins over its variable."""
     assert "--max-batch 0: it must be a whole number from 1" in refusal("--max-batch", "0")
@@ -204,6 +214,28 @@ def test_port_taken() -> None:
         port = taken.getsockname()[1]
         line = refusal("--port", str(port))
     assert f"MIXER_PORT={port}: cannot listen there" in line
+
+
+def test_port_of_one_just_stopped(tmp_path: Path) -> None:
+    """A port whose last server stopped with connections open can be had again at once."""
+    with serving(tmp_path / "first", "--drain-delay-s", "0") as server:
+        port = server.url.rpartition(":")[2]
+        with socket.create_connection(("127.0.0.1", int(port))):
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(10) == 0
+    with serving(tmp_path / "second", "--port", port) as server:
+        assert httpx2.get(f"{server.url}/livez").status_code == 200
+
+
+def test_address_of_ipv6(tmp_path: Path) -> None:
+    """An IPv6 address is listened on, and stands in the log as a browser takes it."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with serving(tmp_path / "log", "--host", "::1") as server:
+        assert server.url.startswith("http://[::1]:")
 
 
 @pytest.mark.parametrize("content", ["", "# only a comment\n"])
