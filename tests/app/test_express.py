@@ -94,6 +94,8 @@ def test_which_requests_take_it(
         ("", b"{", {"Content-Type": "Application/JSON"}, 400),
         ("", b"not an image", {}, 415),
         ("", IMAGE, {"Content-Type": "text/plain"}, 415),
+        ("", IMAGE, {"Content-Type": "image/png\r\nContent-Type: text/plain"}, 200),
+        ("", IMAGE, {"Content-Type": "text/plain\r\nContent-Type: image/png"}, 415),
         ("", IMAGE[:45], {}, 422),
         ("", FORM[:-20], {"Content-Type": FORM_TYPE}, 400),
         ("", FORM, {"Content-Type": "multipart/form-data"}, 400),

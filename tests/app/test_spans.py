@@ -14,6 +14,7 @@ import pytest
 from app.spans import Spans
 from app.trace import new_trace
 from tests.fakes import make_image
+from tests.faults.load import dial, post
 from tests.live import log_lines
 from tests.processes import run_serve, serving
 
@@ -96,6 +97,20 @@ def test_caller_that_does_not_sample(collector: list[Any], tmp_path: Path) -> No
         httpx2.get(f"{server.url}/livez")
         wait_for(collector, "GET /livez")
     assert "GET /model" not in [span.name for span, _ in collector]
+
+
+def test_refusal_at_the_door(collector: list[Any], tmp_path: Path) -> None:
+    """A request that is refused as it comes is a span, too."""
+    with (
+        serving(tmp_path / "log", "--max-requests", "1") as server,
+        dial(server.url) as first,
+        dial(server.url) as second,
+    ):
+        for client in (first, second):  # of which one is refused
+            client.sendall(post(b"").replace(b"Length: 0", b"Length: 9"))
+        span, _ = wait_for(collector, "POST /classify")
+    values = {one.key: one.value for one in span.attributes}
+    assert values["http.response.status_code"].int_value == 429
 
 
 def test_without_a_collector(tmp_path: Path) -> None:
