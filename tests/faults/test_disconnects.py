@@ -10,6 +10,7 @@ import pytest
 from tests.fakes import make_image
 from tests.faults.conftest import Figure, Start
 from tests.faults.load import dial, get, one, post, read_answer
+from tests.faults.test_bounds import encode_form
 
 CLIENTS = 200
 
@@ -20,7 +21,19 @@ def reset(client: socket.socket) -> None:
     client.close()
 
 
-def test_queued_clients_reset(fake: Start, figure: Figure) -> None:
+@pytest.mark.parametrize(
+    "request_",
+    [
+        post(make_image()),
+        post(
+            encode_form([make_image()]),
+            "/classify/batch",
+            Content_Type="multipart/form-data; boundary=b",
+        ),
+    ],
+    ids=["/classify", "/classify/batch"],
+)
+def test_queued_clients_reset(fake: Start, figure: Figure, request_: bytes) -> None:
     """200 queued clients reset: the gauges are back at 0 within 250 ms, and none is inferred."""
     with fake(
         batch_ms=1000, max_batch=4, queue_budget_ms=3_600_000, request_timeout_ms=600_000
@@ -36,7 +49,7 @@ def test_queued_clients_reset(fake: Start, figure: Figure) -> None:
         time.sleep(0.1)  # this one is in the engine
         clients = [dial(server.url) for _ in range(CLIENTS)]
         for client in clients:
-            client.sendall(post(make_image()))
+            client.sendall(request_)
         while observe()["images"] < CLIENTS + 1:
             time.sleep(0.01)
         for client in clients:

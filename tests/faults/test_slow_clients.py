@@ -1,6 +1,7 @@
 """Promise 6: clients that trickle get in nobody's way."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import statistics
@@ -293,3 +294,16 @@ def test_client_that_does_not_read(fake: Start, figure: Figure) -> None:
             figure(f"dropped after {time.monotonic() - start:.1f} s")
             assert server.descriptors() <= before
         assert one(server.url, get("/livez")).status == 200
+
+
+def test_client_that_reads_late(fake: Start) -> None:
+    """A client that pauses before it reads its answers is served on as any other."""
+    with fake(body_timeout_s=1) as server, dial(server.url, receive_buffer=65536) as client:
+        client.sendall(get("/static/redoc.standalone.js") * 8)
+        time.sleep(0.2)  # more is written than is taken
+        client.settimeout(1.2)
+        with contextlib.suppress(TimeoutError):  # all has come, and it rests for a while
+            while client.recv(2**20):
+                pass
+        client.sendall(get("/livez"))
+        assert b" 200 " in read_answer(client)
