@@ -90,10 +90,12 @@ def test_four_batches_of_a_slow_model(fake: Start) -> None:
 
 
 def test_connections(fake: Start, figure: Figure) -> None:
-    """The connection beyond `max_connections` is told so, but for probes; then others may come."""
+    """The connection beyond `max_connections`, not the last within, is told so, but for probes."""
     with fake(max_connections=20) as server:
         held = [dial(server.url) for _ in range(20)]
         time.sleep(0.2)
+        held[-1].sendall(post(make_image()))
+        assert b" 200 " in read_answer(held[-1])
         with dial(server.url) as one_more:
             answer = read_answer(one_more)
         figure(f"the 21st of 20: {answer[9:12].decode()}")

@@ -120,6 +120,19 @@ def test_chunked_body_stops_at_the_limit(fake: Start, figure: Figure) -> None:
         assert regular == []
 
 
+def test_chunked_body_behind_its_answer(fake: Start) -> None:
+    """What comes of a body that has its answer already ends the connection at the limit."""
+    head = HEAD.replace(b"/classify", b"/classify?top_k=999")
+    with fake(max_upload_bytes=LIMIT) as server, dial(server.url) as client:
+        client.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        answer = read_answer(client)
+        assert b" 422 " in answer
+        assert b"connection: close" not in answer.lower()
+        client.sendall(b"%x\r\n" % (LIMIT + 1) + bytes(LIMIT + 1) + b"\r\n")
+        client.settimeout(10)
+        assert client.recv(1) == b""
+
+
 def test_a_client_that_still_sends_reads_its_413(fake: Start, figure: Figure) -> None:
     """Clients that only read when all is sent get their 413, not a broken connection."""
     with fake(max_upload_bytes=LIMIT) as server:
