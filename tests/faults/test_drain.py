@@ -152,6 +152,13 @@ def test_client_that_does_not_read_does_not_hold_the_exit_up(fake: Start, figure
         assert "a bug" not in server.log.read_text()
 
 
+def test_interrupt(fake: Start) -> None:
+    """SIGINT comes from a person at a terminal, who is not kept waiting for any balancer."""
+    with fake(drain_delay_s=30) as server:
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(10) == 0
+
+
 def test_second_sigterm(fake: Start, figure: Figure) -> None:
     """A second SIGTERM ends the process at once."""
     with fake(drain_delay_s=30) as server:
@@ -166,7 +173,7 @@ def test_second_sigterm(fake: Start, figure: Figure) -> None:
 
 def test_refusals_close_while_draining(fake: Start) -> None:
     """While draining, every answer carries `Connection: close`, refusals and errors included."""
-    with fake(drain_delay_s=5) as server:
+    with fake(drain_delay_s=5, max_requests=1) as server, dial(server.url) as holder:
         kept = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
         kept.sendall(get("/livez"))
         assert b"connection: close" not in read_answer(kept).lower()
@@ -181,3 +188,22 @@ def test_refusals_close_while_draining(fake: Start) -> None:
         for request in (get("/livez"), get("/nowhere"), post(b"x"), b"what?\r\n\r\n"):
             answers = one(server.url, request)
             assert answers.header("Connection") == "close", request
+        holder.sendall(post(b"").replace(b"Length: 0", b"Length: 9"))
+        while (refused := one(server.url, post(b""))).status != 429:
+            time.sleep(0.02)
+        assert refused.header("Connection") == "close"
+
+
+def test_request_behind_the_last(fake: Start) -> None:
+    """What a client has sent behind a request whose answer closes the connection is not begun."""
+    with fake(drain_delay_s=5) as server, dial(server.url) as client:
+        server.process.send_signal(signal.SIGTERM)
+        while one(server.url, get("/readyz")).status == 200:
+            pass
+        last = post(b"x", Content_Type="text/plain", X_Request_ID="last")
+        client.sendall(last + post(make_image(), X_Request_ID="behind"))
+        assert read_answer(client).startswith(b"HTTP/1.1 415")
+        assert one(server.url, get("/livez")).status == 200
+        log = server.log.read_text()
+        assert '"last"' in log
+        assert '"behind"' not in log
