@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -90,6 +91,18 @@ def test_lines_that_cannot_be_written(place: str, figure: Figure) -> None:
         assert lost(url) >= 4
         process.send_signal(signal.SIGTERM)
         assert process.wait(5) == 0
+
+
+def test_lines_of_requests_are_of_a_level(tmp_path: Path) -> None:
+    """Where only warnings are wanted, a request that went well writes no line."""
+    with (
+        (tmp_path / "log").open("wb") as log,
+        logging_to(log.fileno(), "--log-level", "warning") as (process, url),
+    ):
+        assert one(url, post(make_image())).status == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0
+    assert (tmp_path / "log").read_text() == ""
 
 
 def test_standard_error_that_is_closed() -> None:
