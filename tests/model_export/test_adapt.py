@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from app.engine import OnnxEngine
+from app.model_card import read_metadata
 from model_export import cli, ridge
 from model_export.train import main
 
@@ -27,13 +29,15 @@ def images(tmp_path: Path) -> Path:
 def test_adapted_file_serves_the_new_classes(
     convert: Convert, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Five pictures a class make a servable file whose card names the new classes."""
+    """Five pictures a class make a servable file whose card and golden sample are of its own."""
     model, output = convert(TINY, 7, "--with-features"), tmp_path / "colors.onnx"
     assert main(["adapt", str(model), str(images), "-o", str(output)]) == 0
     report = capsys.readouterr().out
     assert "3 classes from 15 pictures" in report
     assert "test pictures    100.00% of 15" in report
     engine = OnnxEngine(output, "cpu", 1)  # checks the golden sample
+    _, golden = read_metadata({p.key: p.value for p in onnx.load(output).metadata_props})
+    assert golden.tolerance < 1e-3 * np.abs(golden.logits()).max()
     base = OnnxEngine(model, "cpu", 1)
     assert engine.card.labels == CLASSES
     assert engine.card.name == "colors"
@@ -136,6 +140,18 @@ def test_one_picture_a_class_has_no_cross_validation(
     command = ["adapt", str(convert(TINY, 7)), str(images), "-o", str(tmp_path / "m.onnx")]
     assert main(command) == 0
     assert "cross-validated  unknown" in capsys.readouterr().out
+
+
+def test_class_of_one_picture_is_not_measured(
+    convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Left out, the only picture of a class would be wrong for certain: it does not count."""
+    images = write_images(tmp_path / "colors", 5, splits=("",))
+    for number in range(1, 5):
+        (images / "red" / f"{number:03}.png").unlink()
+    command = ["adapt", str(convert(TINY, 7)), str(images), "-o", str(tmp_path / "m.onnx")]
+    assert main(command) == 0
+    assert "cross-validated  100.00%" in capsys.readouterr().out
 
 
 def test_foreign_onnx_is_refused(

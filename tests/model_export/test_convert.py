@@ -14,8 +14,9 @@ import onnxruntime
 import pytest
 
 from app.model_card import read_metadata
-from model_export import graph
+from model_export import checkpoints, graph, verify
 from model_export.cli import main
+from model_export.errors import ExportError
 
 from .conftest import FIXTURES, Convert
 
@@ -113,6 +114,36 @@ def test_failed_verification_writes_nothing(
     assert "verification failed" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["model.onnx"]
     assert (folder / "model.onnx").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("operator", "inputs", "attributes", "said"),
+    [
+        ("Concat", ["raw", "raw"], {"axis": 1}, r"logits is float32 \(1, 14\)"),
+        ("Cast", ["raw"], {"to": onnx.TensorProto.DOUBLE}, r"logits is float64 \(1, 7\)"),
+        ("Mul", ["raw", "nan"], {}, "differ from torch's by nan"),
+    ],
+)
+def test_outputs_that_are_not_as_promised(
+    operator: str,
+    inputs: list[str],
+    attributes: dict[str, int],
+    said: str,
+    tiny: Path,
+    tmp_path: Path,
+) -> None:
+    """A graph whose logits are of another shape or type, or NaN, is refused."""
+    proto = onnx.load(tiny)
+    proto.graph.node[-1].output[0] = "raw"
+    proto.graph.node.append(onnx.helper.make_node(operator, inputs, ["logits"], **attributes))
+    nan = np.array(np.nan, np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(nan, "nan"))
+    kind = attributes.get("to", onnx.TensorProto.FLOAT)
+    proto.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("logits", kind, None))
+    onnx.save(proto, tmp_path / "other.onnx")
+    checkpoint = checkpoints.load(str(TINY))
+    with pytest.raises(ExportError, match=said):
+        verify.compare(checkpoint.model, checkpoint.preprocessing, tmp_path / "other.onnx")
 
 
 def test_report_says_what_was_verified(

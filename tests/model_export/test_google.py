@@ -167,7 +167,7 @@ def test_pickled_objects_are_refused(arrays: Arrays, refused: Callable[[Arrays],
     assert "head/bias holds pickled Python objects" in refused(arrays)
 
 
-@pytest.mark.parametrize("root", ["params/", "opt/target/", ""])
+@pytest.mark.parametrize("root", ["params/", "opt/target/", "optimizer/target/", ""])
 def test_training_state_is_left_aside(
     root: str,
     arrays: Arrays,
@@ -177,11 +177,12 @@ def test_training_state_is_left_aside(
 ) -> None:
     """A training checkpoint's optimizer state is left aside, and the report says so."""
     source = tmp_path / "training.npz"
-    state = {"opt/state/step": np.array(7), "opt/mu/stem/bias": np.zeros(32, np.float32)}
+    state = {"opt/mu/stem/bias": np.zeros(32, np.float32)}
+    state |= {f"{where}step": np.array(7) for where in ("", "extra/", "opt/", "optimizer/state/")}
     model = {root + name: array for name, array in arrays.items()}
     np.savez(source, **model, **state)  # type: ignore[arg-type]  # numpy's stub mistakes ** for a flag
     convert(source, 7)
-    assert "left aside 2 tensors of training state" in capsys.readouterr().out
+    assert "left aside 5 tensors of training state" in capsys.readouterr().out
 
 
 def test_bfloat16_is_read(arrays: Arrays, tmp_path: Path) -> None:

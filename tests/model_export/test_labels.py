@@ -58,20 +58,28 @@ def test_imagenet_1k_needs_a_thousand_classes() -> None:
         labels.load("imagenet-1k", 10)
 
 
+@pytest.mark.parametrize(
+    ("classes", "file"),
+    [
+        (21843, "imagenet21k_goog_synsets.txt"),
+        (21841, "imagenet22k_synsets.txt"),
+        (11221, "imagenet21k_miil_synsets.txt"),
+    ],
+)
 def test_imagenet_21k_comes_from_timm_s_lists(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    classes: int, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For 21,843 classes Google's list is read out of an installed timm, without importing it."""
+    """The list for that many classes is read out of an installed timm, without importing it."""
     info = tmp_path / "data" / "_info"
     info.mkdir(parents=True)
-    synsets = [f"n{i:08}" for i in range(21843)]
-    (info / "imagenet21k_goog_synsets.txt").write_text("\n".join(synsets) + "\n")
+    synsets = [f"n{i:08}" for i in range(classes)]
+    (info / file).write_text("\n".join(synsets) + "\n")
     rows = "".join(f"{synset}\tname {synset}, other\n" for synset in synsets)
     (info / "imagenet_synset_to_lemma.txt").write_text(rows)
     spec = ModuleSpec("timm", None, origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    names = labels.load("imagenet-21k", 21843)
-    assert names[-1] == "name n00021842, other"
+    names = labels.load("imagenet-21k", classes)
+    assert names[-1] == f"name n{classes - 1:08}, other"
 
 
 def test_imagenet_21k_without_timm_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from model_export import export
 from model_export.mixer import VARIANTS, Mixer, MixerConfig
 
 TINY = MixerConfig(8, 4, blocks=1, hidden=6, token_mlp=5, channel_mlp=7, classes=3)
@@ -27,6 +28,12 @@ def test_variant_has_the_published_number_of_parameters(variant: str, parameters
     with torch.device("meta"):
         model = Mixer(VARIANTS[variant])
     assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_variants_are_those_of_the_mixer() -> None:
+    """A gMixer of S/16's sizes is named by its dimensions, as S/16 is another model."""
+    assert export.variant("mixer", VARIANTS["S/16"]) == "S/16"
+    assert export.variant("gmixer", VARIANTS["S/16"]).startswith("P 16, ")
 
 
 def test_logits_have_a_row_for_each_image() -> None:

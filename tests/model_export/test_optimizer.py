@@ -7,7 +7,7 @@ from model_export import optimizer
 from model_export.muon import MOMENTUM, Muon
 from model_export.recipe import Recipe
 from model_export.train_model import TrainingLoss, build
-from model_export.update import multiplies_bfloat16
+from model_export.update import Update, multiplies_bfloat16
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -50,6 +50,19 @@ def test_norms_and_biases_do_not_decay() -> None:
             for group in one.param_groups:
                 matrices = {p.dim() > 1 for p in group["params"]}
                 assert matrices in ({group["weight_decay"] > 0}, set())
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
+def test_recipe_sets_decay_rate_and_longest_gradient(name: str) -> None:
+    """Adam's second decay rate is the recipe's, and no gradient is longer than its clip_norm."""
+    rules = Recipe.model_validate(SMALL | {"optimizer": name, "beta2": 0.5, "clip_norm": 1e-3})
+    model, _ = build(rules, 3)
+    update = Update(model, rules, CPU, compiles=False)
+    assert {group["betas"] for group in update.optimizers[-1].param_groups} == {(0.9, 0.5)}
+    patches = torch.randn(6, 16, 48, generator=torch.Generator().manual_seed(0))
+    update.take(patches, torch.eye(3).repeat(2, 1), torch.ones(2, 6), 0.0)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert float(torch.nn.utils.get_total_norm(gradients)) == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_steps_of_muon_are_orthogonal() -> None:

@@ -120,21 +120,24 @@ def test_agreement_is_a_share(share: str, capsys: pytest.CaptureFixture[str]) ->
     assert "is not a number from 0 to 1" in capsys.readouterr().err
 
 
-def test_lossiest_block_stays_float(tmp_path: Path) -> None:
-    """Where agreement is short by one block's loss, that block is left in float."""
+@pytest.mark.parametrize("blocks", [4, 8])
+def test_lossiest_block_stays_float(blocks: int) -> None:
+    """Where agreement is short by one block's loss, that block is left in float, be it of four."""
     proto = onnx.load(MODELS / "mixer-cifar10.onnx")
     card, _ = read_metadata({p.key: p.value for p in proto.metadata_props})
-    losses = iter([0.9, *[0.99] * 8, 0.995])  # all, each block alone, with the lossiest in float
-    rms = iter([0.0, 1, 2, 9, 3, 4, 5, 6, 7, 0.0])
+    losses = iter(
+        [0.9, *[0.99] * blocks, 0.995]
+    )  # all, each block alone, with the lossiest in float
+    rms = iter([0.0, *[1.0, 2.0, 9.0, 3.0, 4.0, 5.0, 6.0, 7.0][:blocks], 0.0])
 
     def compare(candidate: onnx.ModelProto, count: int | None) -> verify.Loss:
         return verify.Loss(1, 0.0, next(rms), next(losses))
 
-    quantised, loss, kept = quantize.int8_within(proto, 8, compare, 0.99, None)
+    quantised, loss, kept = quantize.int8_within(proto, blocks, compare, 0.99, None)
     assert kept == ["block 2"]
     assert loss.agreement == 0.995
     products = Counter(n.op_type for n in quantised.graph.node)
-    assert (products["MatMul"], products["MatMulInteger"]) == (4, 30)
+    assert (products["MatMul"], products["MatMulInteger"]) == (32 // blocks, 34 - 32 // blocks)
     assert card.precision == "fp32"
 
 
@@ -175,6 +178,8 @@ def test_fp16_computes_in_half_and_answers_in_float(convert: Convert) -> None:
     output = convert(TINY, 7, "--precision", "fp16", "--with-features")
     session = onnxruntime.InferenceSession(output)
     assert [o.type for o in session.get_outputs()] == ["tensor(float)"] * 2
+    _, golden = read_metadata(session.get_modelmeta().custom_metadata_map)
+    assert golden.tolerance >= 0.0099 * np.abs(golden.logits()).max()  # as another GPU may round
     graph = onnx.load(output).graph
     kinds = {tensor.data_type for tensor in graph.initializer if len(tensor.dims) == 2}
     assert kinds == {onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT}

@@ -1,6 +1,7 @@
 """timm's checkpoints: parity of model and preprocessing for each family, and what is refused."""
 
 import argparse
+import hashlib
 import json
 import math
 import shutil
@@ -153,16 +154,25 @@ def test_gaps_in_the_labels_of_the_config(
     assert "names no classes: give its 5 by --labels" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("family", "classes", "mean"), [("mixer", 5, 0.5), ("gmixer", 5, 0.485), ("resmlp", 5, 0.485)]
+)
 def test_assumed_input_is_said(
-    tmp_path: Path, convert: Convert, capsys: pytest.CaptureFixture[str]
+    family: str,
+    classes: int,
+    mean: float,
+    tmp_path: Path,
+    convert: Convert,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Weights without a config.json are fed as timm would by default, and the report says so."""
-    convert(FIXTURES / "timm_mixer_tiny", 5)
+    """Weights that no config.json is for are fed as timm would by default, and the report says."""
+    folder = FIXTURES / f"timm_{family}_tiny"
+    convert(folder, classes)
     assert "  assumed  " not in capsys.readouterr().out
-    weights = FIXTURES / "timm_mixer_tiny" / "model.safetensors"
-    bare = shutil.copy(weights, tmp_path / "bare.safetensors")
-    convert(bare, 5)
-    assert "assumed    timm's usual input for a mixer" in capsys.readouterr().out
+    bare = shutil.copy(folder / "model.safetensors", tmp_path / "bare.safetensors")
+    shutil.copy(folder / "config.json", tmp_path)  # of another file
+    assert card_of(convert(bare, classes)).preprocessing.mean[0] == mean
+    assert f"assumed    timm's usual input for a {family}" in capsys.readouterr().out
 
 
 Refuse = Callable[..., str]
@@ -235,8 +245,11 @@ def test_oblong_patches_are_refused(tmp_path: Path, refuse: Refuse) -> None:
     assert "stem.proj.weight has shape (32, 3, 16, 8)" in refuse(spoiled(tmp_path, change))
 
 
-def test_other_file_than_pinned_is_refused(refuse: Refuse) -> None:
-    """--sha256 refuses a file of another checksum before reading it."""
+def test_other_file_than_pinned_is_refused(refuse: Refuse, convert: Convert) -> None:
+    """--sha256 refuses a file of another checksum before reading it; capitals are the same."""
+    weights = FIXTURES / "timm_mixer_tiny" / "model.safetensors"
+    pinned = hashlib.sha256(weights.read_bytes()).hexdigest().upper()
+    convert(weights, 5, "--sha256", pinned)
     message = refuse(FIXTURES / "timm_mixer_tiny", "--sha256", "0" * 64)
     assert f"expected {'0' * 64}" in message
 
@@ -246,6 +259,7 @@ def test_other_file_than_pinned_is_refused(refuse: Refuse) -> None:
     [
         ({"input_size": [3, 224, 224]}, "input_size is [3, 224, 224], but the weights take"),
         ({"crop_mode": "border"}, "crop_mode border"),
+        ({"crop_mode": "squash", "crop_pct": 0.9}, "crop_mode squash with crop_pct 0.9"),
         ({"interpolation": "random"}, "interpolation: Input should be"),
         ({"crop_pct": 1.5}, "crop_fraction: Input should be less than or equal to 1"),
         ({"std": [math.inf, 1, 1]}, "std: Input should be a finite number"),

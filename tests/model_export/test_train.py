@@ -1,6 +1,7 @@
 """`mixer-train`: what a run learns, leaves behind, survives and refuses."""
 
 import csv
+import shutil
 import signal
 import subprocess
 import sys
@@ -339,6 +340,21 @@ def test_runs_are_not_mixed_up(run: Path, images: Path, refusal: Callable[..., s
     assert "holds no run" in refusal(images, "-o", images, "--resume")
 
 
+def test_resume_with_other_sums_is_told(
+    run: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Going on with another number of threads is no exact repetition, and the line says so."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # for the other tests
+    again = shutil.copytree(run, tmp_path / "run")
+    command = [str(images), "-o", str(again), "--resume", "--no-compile", "--threads", "2"]
+    assert main(command) == 0
+    assert "began with threads 1, and goes on with 2" in capsys.readouterr().err
+
+
 def test_resume_needs_the_same_pictures(
     run: Path, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
@@ -356,6 +372,7 @@ def test_resume_needs_the_same_pictures(
         (["--min-lr", "1"], "min_lr 1 is above lr 0.001"),
         (["--crop-shift", "4"], "crop_area 1 is none"),
         (["--lr", "inf"], "lr inf: Input should be a finite number"),
+        (["--val-split", "0.5"], "has pictures to test on already"),
         (["--threads", "0"], "--threads 0: expected 1 or more"),
     ],
 )
