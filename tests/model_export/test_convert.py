@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -127,7 +128,7 @@ def test_failed_verification_writes_nothing(
 def test_outputs_that_are_not_as_promised(
     operator: str,
     inputs: list[str],
-    attributes: dict[str, int],
+    attributes: dict[str, Any],
     said: str,
     tiny: Path,
     tmp_path: Path,
