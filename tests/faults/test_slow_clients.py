@@ -166,6 +166,21 @@ def test_idle_after_an_early_answer(fake: Start, monkeypatch: pytest.MonkeyPatch
         assert 0.5 < time.monotonic() - start < 5
 
 
+def _closed_after_s(client: socket.socket, more: bytes) -> float:
+    """Send `more` ten times a second; return after how long the server closes, 10 s at most."""
+    start = time.monotonic()
+    client.settimeout(0.1)
+    heard = b"more"
+    while heard and time.monotonic() < start + 10:
+        try:
+            heard = client.recv(65536)
+        except TimeoutError:
+            client.sendall(more)
+        except ConnectionError:
+            heard = b""
+    return time.monotonic() - start
+
+
 @pytest.mark.parametrize("body", [make_image(), b"no image"])
 def test_empty_lines(fake: Start, monkeypatch: pytest.MonkeyPatch, body: bytes) -> None:
     """Empty lines after a request neither end an idle connection early nor hold it longer."""
@@ -176,17 +191,7 @@ def test_empty_lines(fake: Start, monkeypatch: pytest.MonkeyPatch, body: bytes) 
         time.sleep(1)
         client.sendall(b"\r\n\r\n" + post(body))
         assert b"HTTP/1.1 " in read_answer(client)
-        start = time.monotonic()
-        client.settimeout(0.1)
-        heard = b"more"
-        while heard and time.monotonic() < start + 10:
-            try:
-                heard = client.recv(65536)
-            except TimeoutError:
-                client.sendall(b"\r\n")
-            except ConnectionError:
-                heard = b""
-        assert 1.5 < time.monotonic() - start < 5
+        assert 1.5 < _closed_after_s(client, b"\r\n") < 5
 
 
 @pytest.mark.slow
@@ -241,17 +246,7 @@ def test_what_comes_along_with_a_whole_request(fake: Start, rest: bytes, more: b
         while json.loads(one(server.url, get("/observed")).body)["requests"] < 1:
             time.sleep(0.02)
         refused.sendall(post(b"too early") + rest)
-        start = time.monotonic()
-        refused.settimeout(0.1)
-        heard = b"more"
-        while heard and time.monotonic() < start + 10:
-            try:
-                heard = refused.recv(65536)
-            except TimeoutError:
-                refused.sendall(more)
-            except ConnectionError:
-                heard = b""
-        assert 0.9 < time.monotonic() - start < 5
+        assert 0.9 < _closed_after_s(refused, more) < 5
 
 
 @pytest.mark.parametrize(
