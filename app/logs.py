@@ -133,7 +133,8 @@ class TextFormatter(logging.Formatter):
 
 def _time(seconds: float) -> str:
     """Return seconds of `time.time()` as ISO 8601 with milliseconds."""
-    return f"{_second(int(seconds))}.{int(seconds % 1 * 1000):03}+00:00"
+    second, ms = divmod(round(seconds * 1000), 1000)
+    return f"{_second(second)}.{ms:03}+00:00"
 
 
 @lru_cache(maxsize=2)

@@ -1,5 +1,7 @@
 """What an operator sees: metrics, request IDs, timing headers, log lines."""
 
+import json
+import logging
 import re
 import time
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from app.logs import JsonFormatter
 from tests.conftest import Serve
 from tests.fakes import FakeEngine, make_image
 from tests.live import log_lines
@@ -244,3 +247,16 @@ class TestLog:
             text,
             re.MULTILINE,
         )
+
+
+@pytest.mark.parametrize(
+    ("created", "time"),
+    [
+        (1.005, "1970-01-01T00:00:01.005+00:00"),
+        (1.9996, "1970-01-01T00:00:02.000+00:00"),
+    ],
+)
+def test_time_of_a_line(created: float, time: str) -> None:
+    """A line's time is that of its record, to the nearest millisecond."""
+    record = logging.makeLogRecord({"created": created, "msg": "here"})
+    assert json.loads(JsonFormatter().format(record))["time"] == time

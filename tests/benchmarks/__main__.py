@@ -21,6 +21,7 @@ def main() -> int:
         threads=options.threads,
         rounds=options.rounds or (1 if options.quick else 3),
         seconds=2.0 if options.quick else 8.0,
+        decoding=options.decoding,
         rates=(0.5, 0.9) if options.quick else (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1),
     )
     try:
@@ -46,6 +47,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=ROOT.parent / "shared/data/photos.tar",
         help="folder or tar of JPEGs; where it is absent, generated ones",
+    )
+    parser.add_argument(
+        "--decoding",
+        choices=("ours", "plain"),
+        default="ours",
+        help="of the peers: with this service's code, or with Pillow as tutorials do",
     )
     parser.add_argument("--threads", type=int, default=2, help="of one inference, everywhere")
     parser.add_argument("--rounds", type=int, help="visits to each server (default: 3)")

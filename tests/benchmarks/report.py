@@ -48,9 +48,10 @@ def _conditions(found: Figures) -> str:
     return (
         f"{found['cpus']} CPUs (load average {found['load_average']:.1f} over 15 minutes), Python "
         f"{found['python']}, onnxruntime {found['onnxruntime']} with {found['threads']} threads, "
-        f"batches of at most {found['max_batch']}; {found['photos']} photos "
-        f"({found['photos_from']}, {found['photo_bytes'] / 1000:.0f} kB on average); medians of "
-        f"{found['rounds']} rounds of {found['seconds']:g} s."
+        f"batches of at most {found['max_batch']}; peers decode with "
+        f"{'our code' if found['decoding'] == 'ours' else 'plain Pillow'}; "
+        f"{found['photos']} photos ({found['photos_from']}, {found['photo_bytes'] / 1000:.0f} kB "
+        f"on average); medians of {found['rounds']} rounds of {found['seconds']:g} s."
     )
 
 

@@ -40,6 +40,7 @@ class Plan:
     rounds: int
     seconds: float  # of one load, where `MIN_BATCHES` do not take longer
     rates: tuple[float, ...]  # of the open loop, as shares of the fastest server's throughput
+    decoding: str  # of the peers: `ours`, or `plain` Pillow
 
 
 class Rounds:
@@ -131,7 +132,7 @@ class Rounds:
         done = subprocess.run(
             [*map(str, command), *arguments],
             cwd=ROOT,
-            env=os.environ | bench.variables,
+            env=os.environ | bench.variables | {"BENCH_DECODING": "ours"},
             capture_output=True,
             text=True,
             check=False,
@@ -157,6 +158,7 @@ class Rounds:
             "BENCH_MODEL": str(path),
             "BENCH_THREADS": str(self._plan.threads),
             "BENCH_MAX_BATCH": str(MAX_BATCH),
+            "BENCH_DECODING": self._plan.decoding,
             "BENCH_PREPROCESSING": models.preprocessing_of(path).model_dump_json(),
         }
 
@@ -182,6 +184,7 @@ class Rounds:
             "max_batch": MAX_BATCH,
             "rounds": plan.rounds,
             "seconds": plan.seconds,
+            "decoding": plan.decoding,
         }
 
     def _step(self, what: str) -> None:

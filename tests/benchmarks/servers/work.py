@@ -4,6 +4,7 @@ Runs in the peers' virtual environments too, so it imports no more than they all
 """
 
 import importlib.util
+import io
 import os
 import sys
 import types
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 if importlib.util.find_spec("fastapi") is None:
     # The image pipeline's errors name a response class that only a FastAPI server answers with. A
@@ -20,7 +22,8 @@ if importlib.util.find_spec("fastapi") is None:
         sys.modules[name] = types.ModuleType(name)
     sys.modules["fastapi.responses"].JSONResponse = object  # type: ignore[attr-defined] # a stand-in
 
-from app.images import decode
+from app.geometry import geometry
+from app.images import decode, patchify
 from app.model_card import Preprocessing, read_metadata
 
 PORT = int(os.environ.get("BENCH_PORT", "8000"))
@@ -31,14 +34,29 @@ MAX_PIXELS = 50_000_000
 
 
 class Preparation:
-    """Decodes images as the model in `BENCH_PREPROCESSING` wants them."""
+    """Decodes images as the model in `BENCH_PREPROCESSING` wants them, by `BENCH_DECODING`."""
 
     def __init__(self) -> None:
         self._preprocessing = Preprocessing.model_validate_json(os.environ["BENCH_PREPROCESSING"])
+        self._is_plain = os.environ.get("BENCH_DECODING") == "plain"
 
     def prepare(self, data: bytes) -> NDArray[np.uint8]:
         """Decode an image file into patches uint8 [tokens, P·P·3]."""
+        if self._is_plain:
+            return _decode_plainly(data, self._preprocessing)
         return decode(data, self._preprocessing, MAX_PIXELS).patches
+
+
+def _decode_plainly(data: bytes, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Decode with Pillow as tutorials do: the whole picture, then resize, then crop."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    crop = geometry(*image.size, preprocessing)
+    kernel = Image.Resampling[preprocessing.interpolation.upper()]
+    column, row = crop.offset
+    side = preprocessing.image_size
+    scaled = image.resize(crop.scaled, kernel)
+    square = scaled.crop((column, row, column + side, row + side))
+    return patchify(square, preprocessing.patch_size)
 
 
 class Work(Preparation):
