@@ -32,6 +32,38 @@ def test_between_what_was_measured(measured: list[tuple[int, float]]) -> None:
     assert found == pytest.approx(line.tolist())
 
 
+def test_a_surprise_counts_as_four_times_what_was_expected() -> None:
+    """One picture or batch that takes a minute does not have everyone after it refused."""
+    table = LatencyTable(MAX_BATCH, decode_threads=1)
+    for seconds in (0.01, 60):
+        table.observe_decode(seconds)
+        table.observe_batch(1, seconds)
+    expected = pytest.approx(0.01 * (1 + 3 * FRESHNESS))
+    assert table.decoding_s(1) == expected
+    assert table.inference_s(1) == expected
+
+
+def test_the_slower_of_two_sets_the_pace() -> None:
+    """Images wait for decoders or for the engine, whichever takes longer over all of them."""
+    for decode_s, wait_s in ((0.001, 0.4), (0.1, 2.0)):
+        table = LatencyTable(MAX_BATCH, decode_threads=2)
+        table.observe_batch(MAX_BATCH, 0.2)
+        table.observe_decode(decode_s)
+        assert table.wait_s(2 * MAX_BATCH) == pytest.approx(wait_s)
+
+
+@pytest.mark.parametrize(
+    ("piece_s", "size"), [(0.001, 1), (0.045, 4), (0.055, 5), (9.0, MAX_BATCH)]
+)
+def test_spare_work_in_short_pieces(piece_s: float, size: int) -> None:
+    """Spare work is cut into the largest inferences that are short enough, the last one whole."""
+    table = LatencyTable(MAX_BATCH, decode_threads=1)
+    table.observe_batch(MAX_BATCH, 0.01 * MAX_BATCH)
+    assert table.images_within(piece_s) == size
+    for images, pieces in ((1, 1), (size, 1), (size + 1, 2), (3 * size, 3)):
+        assert table.spare_s(images, piece_s) == pytest.approx(pieces * 0.01 * size)
+
+
 def test_slow_pictures_are_not_the_next_ones_fault() -> None:
     """After slow pictures an idle service could still do a usual one; with a slow engine not."""
     table = LatencyTable(MAX_BATCH, decode_threads=1)
