@@ -15,7 +15,8 @@ from app.images import Picture
 from app.latency import LatencyTable
 from app.metrics import Metrics
 from app.settings import Settings
-from tests.fakes import FakeEngine
+from tests.conftest import Serve
+from tests.fakes import FakeEngine, make_image
 
 
 def _classifier(engine: FakeEngine | None = None) -> Classifier:
@@ -65,7 +66,7 @@ def test_work_that_fails() -> None:
 
 
 def test_upload_that_nobody_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An upload given up before its turn is not decoded."""
+    """An upload given up before its turn is let go at once, and not decoded."""
     decoded: list[bytes] = []
     monkeypatch.setattr(Decoders, "decode", lambda _, upload: decoded.append(upload))
 
@@ -74,7 +75,9 @@ def test_upload_that_nobody_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
         turn = threading.Event()
         task = asyncio.create_task(classifier.in_decoder(turn.wait))
         await asyncio.sleep(0)  # it is queued
-        classifier.submit(b"given up", "").release()
+        entry = classifier.submit(b"given up", "")
+        entry.release()
+        assert not entry.upload, "it is still held for its turn"
         turn.set()
         await task
         await classifier.close()
@@ -98,6 +101,18 @@ def test_bug_beside_a_decoder(
 
     asyncio.run(run())
     assert "a bug beside a decoder" in caplog.text
+
+
+def test_outcomes_of_images(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The metrics tell a bug of ours from what was wrong with an image."""
+    client = serve()
+    assert client.post("/classify", content=make_image()).status_code == 200
+    assert client.post("/classify", content=b"no image").status_code == 415
+    monkeypatch.setattr(Decoders, "decode", lambda *_: 1 // 0)
+    assert client.post("/classify", content=make_image()).status_code == 500
+    told = client.get("/metrics").text
+    for outcome in ("ok", "unsupported-format", "bug"):
+        assert f'mixer_images_total{{outcome="{outcome}"}} 1.0' in told
 
 
 def test_spare_work_that_nobody_waits_for() -> None:
