@@ -10,6 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from unittest.mock import Mock
@@ -34,7 +35,7 @@ from app.errors import (
 )
 from app.images import decode
 from app.model_card import Preprocessing
-from app.nursery import nursery
+from app.nursery import Nursery, nursery
 from tests.fakes import encode, make_image
 from tests.processes import serving
 
@@ -222,6 +223,25 @@ def test_killed_nursery() -> None:
         one.close()
 
 
+def test_one_nursery_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of threads that miss it at the same time, one starts another nursery, for all of them."""
+    start, begun = Nursery._start, []
+
+    def slowly(self: Nursery) -> None:
+        begun.append(self)
+        time.sleep(0.2)  # the others come meanwhile
+        start(self)
+
+    monkeypatch.setattr(Nursery, "_start", slowly)
+    nursery()._process.kill()
+    nursery()._process.wait()
+    with ThreadPoolExecutor(4) as pool:
+        for one in pool.map(Decoder, [TASK] * 4):
+            assert one.decode(make_image()).format == "PNG"
+            one.close()
+    assert len(begun) == 1
+
+
 def test_nursery_that_has_just_died(monkeypatch: pytest.MonkeyPatch) -> None:
     """A nursery that is dead, but not yet known to be, costs nothing."""
     process = nursery()._process
@@ -233,14 +253,20 @@ def test_nursery_that_has_just_died(monkeypatch: pytest.MonkeyPatch) -> None:
     one.close()
 
 
-def test_stuck_decoder(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """A decoder that stands still fails its upload, and is replaced."""
+@pytest.mark.parametrize("size", [1, 16 * 2**20])  # the larger one is not even sent
+def test_stuck_decoder(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, size: int
+) -> None:
+    """A decoder that stands still fails its upload, however large, and is replaced."""
     monkeypatch.setattr("app.nursery._PATIENCE", struct.pack("ll", 0, 300_000))
     one = Decoder(TASK)
     stuck = one.pid
     os.kill(stuck, signal.SIGSTOP)
+    without_patience = threading.Timer(20, os.kill, [stuck, signal.SIGKILL])
+    without_patience.start()
     with pytest.raises(DecoderLost):
-        one.decode(make_image())
+        one.decode(bytes(size))
+    without_patience.cancel()
     assert f"decoder {stuck} has ended over an image" in caplog.text
     assert one.decode(make_image()).format == "PNG"
     one.close()
@@ -334,6 +360,14 @@ def test_what_a_decoder_inherits() -> None:
     for field in ("SigBlk", "SigIgn"):
         mask = int(status.partition(f"{field}:")[2].split()[0], 16)
         assert not mask >> (signal.SIGPROF - 1) & 1
+
+
+def test_end_without_a_word() -> None:
+    """What has started a nursery ends it, too: no warning tells that one was left running."""
+    script = "from app.nursery import nursery; nursery()"
+    command = [sys.executable, "-X", "dev", "-c", script]  # which shows all warnings
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stderr == ""
 
 
 def test_closed_decoders_end(decoders: Decoders) -> None:
