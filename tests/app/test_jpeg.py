@@ -20,10 +20,16 @@ from tests.fakes import encode
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
 
-def _turned() -> Image.Exif:
+def _turned(turn: int = 6) -> Image.Exif:
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = turn
     return exif
+
+
+def _with_second_exif(whole: bytes) -> bytes:
+    """Return a JPEG that says before its own EXIF that it is to be turned by 180 degrees."""
+    segment = _turned(3).tobytes()
+    return whole[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + whole[2:]
 
 
 JPEGS = (
@@ -33,12 +39,13 @@ JPEGS = (
     encode(scene(40, 40), "JPEG", quality=100, subsampling=0, icc_profile=b"x" * 200),
     encode(scene(64, 64).convert("CMYK"), "JPEG"),
     encode(scene(60, 40), "JPEG", xmp=b'<x:xmpmeta tiff:Orientation="6"/>'),
+    _with_second_exif(encode(scene(40, 60), "JPEG", exif=_turned())),
 )
 
 
 @pytest.mark.parametrize("whole", JPEGS)
 def test_each_kind(whole: bytes) -> None:
-    """Grey, turned by EXIF or XMP, progressive, CMYK: Pillow's own reading gives the same."""
+    """Grey, turned by EXIF, two or XMP, progressive, CMYK: Pillow's own reading gives the same."""
     _same_both_ways(whole, as_is(16))
 
 
