@@ -112,7 +112,6 @@ def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     check_cost(image, data, max_pixels)  # before draft(), which rewrites the size
     if image.format not in ("JPEG", "MPO"):
         image.load()  # PNG may hold its orientation after the pixels
-        check_cost(image, data, max_pixels)  # a GIF frame may outgrow its header
     return image
 
 
@@ -174,7 +173,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     """Scale 16-bit grey to 8 bits; Pillow's own conversion would clip all above 255 to white."""
     table = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # rounded: 65535 is 255 · 257
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int) and 0 <= transparent < 65536:
+    if isinstance(transparent, int):  # a text may have that name, too
         table[transparent] = 255
     grey = np.asarray(image)  # [H, W]
     scaled = np.empty(grey.shape, np.uint8)

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from app.errors import CorruptImage, EmptyBody, Problem, TooManyPixels, UnsupportedFormat
 from app.geometry import geometry
@@ -185,6 +186,21 @@ class TestModes:
         found = pixels(encode(Image.fromarray(ramp)), 16)
         assert np.abs(found - np.round(ramp / 257)[:, :, None]).max() <= 1
 
+    def test_sixteen_bit_grey_with_transparency(self) -> None:
+        """The one value of 16-bit grey that a PNG calls transparent shows white."""
+        ramp = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+        found = pixels(encode(Image.fromarray(ramp), transparency=5 * 257), 16)
+        expected = np.where(ramp == 5 * 257, 255, ramp // 257)
+        assert (found == expected[:, :, None]).all()
+
+    def test_a_text_of_that_name(self) -> None:
+        """A PNG's text that is named as Pillow names the transparent value says nothing of it."""
+        ramp = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+        texts = PngInfo()
+        texts.add_text("transparency", "5")
+        found = pixels(encode(Image.fromarray(ramp), pnginfo=texts), 16)
+        assert (found == ramp[:, :, None] // 257).all()
+
     def test_one_bit(self) -> None:
         """1-bit images are black and white, not black and nearly black."""
         checks = Image.fromarray((np.indices((16, 16)).sum(0) % 2 * 255).astype(np.uint8))
@@ -341,6 +357,16 @@ def test_declared_size_is_checked_before_decoding() -> None:
     data = b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + b"\0" * 4
     with pytest.raises(TooManyPixels, match="65535 x 65535"):
         decode(data, as_is(16), PIXELS)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_frame_that_outgrows_its_screen() -> None:
+    """A GIF is as large as its first frame, if that is larger than the header says."""
+    data = bytearray(encode(Image.new("P", (40, 30)), "GIF"))
+    data[6:10] = struct.pack("<HH", 1, 1)
+    assert decode(bytes(data), as_is(16), 40 * 30).width == 40
+    with pytest.raises(TooManyPixels):
+        decode(bytes(data), as_is(16), 40 * 30 - 1)
 
 
 def test_pngsuite(shared: Path) -> None:
