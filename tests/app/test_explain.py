@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import threading
 import time
 
 import httpx2
@@ -175,6 +176,18 @@ def test_deadline(serve: Serve) -> None:
     problem(answer, 504)
     engine.seconds = 0
     assert client.post("/classify", content=make_image()).status_code == 200
+
+
+def test_overlay_that_is_not_drawn_in_time(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An explanation whose picture is not drawn before its deadline is a 504 problem."""
+    drawn = threading.Event()
+    monkeypatch.setattr("app.explain._overlay", lambda *_: drawn.wait(20) and b"")
+    headers = {"Accept": "image/png", "X-Request-Timeout-Ms": "500"}
+    answer = client.post("/explain", content=corner(), headers=headers)
+    drawn.set()
+    assert "not drawn in time" in problem(answer, 504)["detail"]
 
 
 def test_embedded_model(live: Server) -> None:
