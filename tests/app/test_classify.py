@@ -213,6 +213,14 @@ class TestErrors:
         junk = client.post("/classify", content=b"junk", headers=form)
         assert "cannot be read" in problem(junk, 400)["detail"]
 
+    def test_headers_of_a_part_in_any_case(self, client: TestClient) -> None:
+        """The names of a part's headers count in any case (RFC 9110, section 5.1)."""
+        form = {"Content-Type": "multipart/form-data; boundary=b"}
+        for name in (b"content-disposition", b"CONTENT-DISPOSITION"):
+            part = b"--b\r\n" + name + b': form-data; name="file"\r\n\r\n' + make_image()
+            answer = client.post("/classify", content=part + b"\r\n--b--\r\n", headers=form)
+            assert answer.status_code == 200, answer.text
+
     def test_body_over_limit(self, serve: Serve) -> None:
         """A body over the limit is a 413 problem, with or without a declared length."""
         client = serve(max_upload_bytes=2000)
@@ -286,6 +294,13 @@ class TestErrors:
         answer = client.post(path, content=packed, headers={**JPEG, "Content-Encoding": "gzip"})
         assert "without Content-Encoding" in problem(answer, 415)["detail"]
         assert answer.headers["accept-encoding"] == "identity"
+
+    def test_body_that_is_not_coded(self, client: TestClient) -> None:
+        """`Content-Encoding: identity`, in any case, says that a body is as it is."""
+        for coding in ("identity", "Identity"):
+            headers = {**JPEG, "Content-Encoding": coding}
+            answer = client.post("/classify", content=make_image(), headers=headers)
+            assert answer.status_code == 200, answer.text
 
     def test_coded_body_past_the_framework(self, live: Server) -> None:
         """So it is on the way that the usual request takes."""
