@@ -132,6 +132,26 @@ def test_reader_that_has_stopped(figure: Figure) -> None:
     assert kept.endswith(b"}\n")
 
 
+def test_line_that_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be encoded, as of a file's name that is no UTF-8, is written with its number."""
+    end, descriptor = os.pipe()
+    with open(end, "rb") as reader, open(descriptor, "w") as stream:  # noqa: PTH123 - descriptors
+        monkeypatch.setattr(sys, "stderr", stream)
+        log = StandardError()
+        log.write("caf\udce9\n")
+        assert reader.readline() == b"caf\\udce9\n"
+        assert log.lost == 0
+
+
+def test_standard_error_closed_meanwhile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A line for a standard error that Python has closed is lost, as any other."""
+    with (tmp_path / "log").open("w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+    log = StandardError()
+    log.write("a line\n")
+    assert log.lost == 1
+
+
 def test_line_that_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a line of which only a part was taken the next one begins anew."""
     end, descriptor = os.pipe()
