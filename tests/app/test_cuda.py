@@ -2,6 +2,8 @@
 
 import ctypes
 import mmap
+import subprocess
+import sys
 
 import numpy as np
 import onnxruntime
@@ -74,6 +76,28 @@ def test_refused_pinning_is_one_line(runtime: Runtime) -> None:
     with pytest.raises(StartupError, match=r"^CUDA cannot pin 6 bytes of memory \(error 712\)$"):
         pinned((1, 2, 3))
     assert not runtime.has_error
+
+
+def test_nothing_is_unpinned_at_the_end() -> None:
+    """What is still pinned when the process ends stays so: CUDA may be gone by then."""
+    script = """
+import ctypes
+from types import SimpleNamespace
+from app import cuda
+
+cuda._cuda_major = lambda: "13"
+runtime = SimpleNamespace(
+    cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda _: print("unpinned")
+)
+ctypes.CDLL = {"libcudart.so.13": runtime}.__getitem__
+buffer = cuda.pinned((1, 2, 3))
+cuda.pinned((1, 2, 3))  # nobody keeps it
+print("the end")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n") == ["unpinned", "the end", ""]
 
 
 def test_nodes_of_another_provider_are_named() -> None:

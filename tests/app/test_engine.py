@@ -1,5 +1,6 @@
 """The engine: buckets on the CPU, refusals without a GPU, the options a GPU is opened with."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
@@ -11,7 +12,7 @@ from app.buckets import bucket_sizes
 from app.cuda import GpuOptions, cuda_options, tensorrt_options
 from app.engine import OnnxEngine
 from app.errors import StartupError
-from app.model_card import CardError, Golden, read_metadata, write_metadata
+from app.model_card import CARD_KEY, CardError, Golden, read_metadata, write_metadata
 from app.settings import EMBEDDED_MODEL
 from app.shares import Share, Shares
 from tests.fakes import make_card
@@ -97,6 +98,24 @@ def test_card_with_a_label_too_few() -> None:
         read_metadata(metadata)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ((30, 4), "image_size 30 is not a multiple of patch_size 4"),
+        ((0, 4), "greater"),
+        ((8, 0), "greater"),
+    ],
+)
+def test_card_of_patches_that_do_not_tile(sizes: tuple[int, int], said: str) -> None:
+    """A card whose image is not made up of whole patches is refused."""
+    patches, logits = np.zeros((1, 4, 48), np.uint8), np.zeros((1, 3), np.float32)
+    metadata = write_metadata(make_card(), Golden.of(patches, logits, 0.1))
+    card = json.loads(metadata[CARD_KEY])
+    card["preprocessing"] |= dict(zip(("image_size", "patch_size"), sizes, strict=True))
+    with pytest.raises(CardError, match=said):
+        read_metadata({**metadata, CARD_KEY: json.dumps(card)})
+
+
 def test_answers_survive_the_next_batch(bucketed: OnnxEngine) -> None:
     """Logits already handed out do not change when the bucket's buffers are used again."""
     first = bucketed.run(draw(4, seed=1))
@@ -153,11 +172,15 @@ def test_cuda_options() -> None:
 
 
 def test_tensorrt_options() -> None:
-    """One profile covers every batch size, and the engine is cached only where a folder is set."""
+    """One profile covers every batch size, best the full one; limit and cache are what is set."""
     options = tensorrt_options(GpuOptions(tensorrt=True), (196, 768), 16)
-    assert options["trt_profile_min_shapes"] == "patches:1x196x768"
-    assert options["trt_profile_max_shapes"] == "patches:16x196x768"
-    assert "trt_engine_cache_enable" not in options
+    assert options == {
+        "trt_profile_min_shapes": "patches:1x196x768",
+        "trt_profile_opt_shapes": "patches:16x196x768",
+        "trt_profile_max_shapes": "patches:16x196x768",
+    }
+    limited = tensorrt_options(GpuOptions(tensorrt=True, memory_mib=512), (196, 768), 16)
+    assert limited == options | {"trt_max_workspace_size": str(512 * 1024 * 1024)}
     cached = tensorrt_options(
         GpuOptions(tensorrt=True, tensorrt_cache=Path("/cache")), (196, 768), 16
     )
