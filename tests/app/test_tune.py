@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -26,7 +27,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_tunes_the_embedded_model(tmp_path: Path) -> None:
     """The settings it writes are settings of the server, and the curve is a PNG beside them."""
     output = tmp_path / "tuned.env"
-    done = run(str(EMBEDDED_MODEL), "--device", "cpu", "--max-batch", "2", "-o", str(output))
+    options = ("--device", "cpu", "--max-batch", "2", "-o", str(output))
+    of_a_gpu = ("--gpu-memory-mib", "512", "--tensorrt-cache", str(tmp_path))
+    done = run(str(EMBEDDED_MODEL), *options, *of_a_gpu)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("<- recommended") == 1
     environment = dict(line.split("=", 1) for line in output.read_text().splitlines())
@@ -34,6 +37,8 @@ def test_tunes_the_embedded_model(tmp_path: Path) -> None:
     assert settings.model == EMBEDDED_MODEL.resolve()
     assert settings.device == "cpu"
     assert settings.max_batch in (1, 2)
+    assert settings.gpu_memory_mib == 512
+    assert settings.tensorrt_cache == tmp_path.resolve()
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -74,6 +79,16 @@ def test_what_cannot_be_written_is_said_first(tmp_path: Path, taken: str) -> Non
     assert done.returncode == 1
     assert str(tmp_path / taken) in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_interrupted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Ctrl+C ends the sweep with one line, and nothing is written."""
+    monkeypatch.setattr(tune, "sweep", Mock(side_effect=KeyboardInterrupt))
+    assert tune.main([str(EMBEDDED_MODEL), "-o", str(tmp_path / "tuned.env")]) == 130
+    assert capsys.readouterr().err == "\nmixer-serve: stopped\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_fits(tmp_path: Path) -> None:
