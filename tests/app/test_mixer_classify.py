@@ -9,20 +9,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import httpx2
 import numpy as np
 import pytest
 from PIL import Image
 
+from app.client.files import find_images
 from app.client.local import LocalClassifier
-from app.client.remote import ServerError
+from app.client.remote import RemoteClassifier, ServerError
 from app.nursery import nursery
 from tests.processes import ROOT, Server, serving
 
@@ -111,6 +113,25 @@ def test_globs(live: Server, folder: Path) -> None:
     assert len(done.stdout.splitlines()) == 2
     deep = run(live.url, "**/*.bmp", "--format", "jsonl", cwd=folder)
     assert set(by_name(deep.stdout)) == {"e.bmp"}
+
+
+def test_folder_named_as_a_picture(tmp_path: Path) -> None:
+    """A folder whose name ends as a picture's is no picture, but may hold some."""
+    (tmp_path / "album.jpg").mkdir()
+    (tmp_path / "album.jpg" / "a.png").touch()
+    assert find_images([str(tmp_path)]) == [tmp_path / "album.jpg" / "a.png"]
+
+
+@pytest.mark.parametrize("target", ["server", "model"])
+def test_more_labels_than_there_are(live: Server, folder: Path, target: str) -> None:
+    """Of a model with fewer labels than are asked for, CSV has as many columns as it has labels."""
+    where = live.url if target == "server" else MODEL
+    done = run(where, folder / "a.png", "--format", "csv", "--top-k", 1000)
+    assert done.returncode == 0, done.stderr
+    header, row = csv.reader(done.stdout.splitlines())
+    assert header[-3:] == ["label_10", "score_10", "error"]
+    assert len(row) == len(header)
+    assert "" not in row[:-1]
 
 
 @pytest.mark.parametrize("target", ["server", "model"])
@@ -287,6 +308,45 @@ def test_busy_server(tmp_path: Path) -> None:
     assert len(asked) == 3
     assert asked[1] - asked[0] >= 1
     assert asked[2] - asked[1] >= 1
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> AsyncMock:
+    """Return what is asked to sleep, and does not."""
+    sleep = AsyncMock()
+    monkeypatch.setattr("app.client.remote.asyncio", Mock(sleep=sleep))
+    return sleep
+
+
+def ask(
+    monkeypatch: pytest.MonkeyPatch, answer: Callable[[httpx2.Request], httpx2.Response]
+) -> None:
+    """Ask a server that answers so for its model, ten times at most."""
+    client = partial(httpx2.AsyncClient, transport=httpx2.MockTransport(answer))
+    monkeypatch.setattr(httpx2, "AsyncClient", client)
+    asyncio.run(RemoteClassifier("http://server", 1, 1, 9, None).__aenter__())
+
+
+def test_waits_for_an_unreachable_server(monkeypatch: pytest.MonkeyPatch, slept: AsyncMock) -> None:
+    """Each wait for a server that cannot be reached is twice the last one, up to half a minute."""
+    with pytest.raises(ServerError, match="nobody there"):
+        ask(monkeypatch, Mock(side_effect=httpx2.ConnectError("nobody there")))
+    waits = [call.args[0] for call in slept.await_args_list]
+    assert waits == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+
+
+@pytest.mark.parametrize(
+    ("asked", "wait_s"),
+    [("7", 7), ("0", 0), ("3600", 30), ("Wed, 21 Oct 2026 07:28:00 GMT", 0.5), ("-1", 0.5)],
+)
+def test_waits_for_a_busy_server(
+    monkeypatch: pytest.MonkeyPatch, slept: AsyncMock, asked: str, wait_s: float
+) -> None:
+    """A busy server is given the seconds that it asks for, but no more than half a minute."""
+    card = {"name": "x", "version": "1", "labels": ["x"]}
+    busy = httpx2.Response(503, headers={"Retry-After": asked})
+    ask(monkeypatch, Mock(side_effect=[busy, httpx2.Response(200, json=card)]))
+    slept.assert_awaited_once_with(wait_s)
 
 
 def test_patience_ends(tmp_path: Path) -> None:
