@@ -152,7 +152,7 @@ class Admission:
         wait_s = (self._latency.decoding_s if is_taken else self._latency.wait_s)(pending)
         if wait_s * 1000 <= self._settings.queue_budget_ms * _HEADROOM:
             return None
-        return Refusal("The queue is too long.", max(1, math.ceil(wait_s)), "queue-budget")
+        return Refusal("The queue is too long.", math.ceil(wait_s), "queue-budget")
 
     def _refusal(self, detail: str, reason: str) -> Refusal:
         """Refuse, saying when the present queue will have been worked off."""
@@ -182,4 +182,3 @@ class BodyBudget:
     def close(self) -> None:
         """Give them all back."""
         self._admission.body_bytes -= self.taken
-        self.taken = 0

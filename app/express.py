@@ -172,10 +172,7 @@ class Express:
             raise BodyTooLarge(settings.max_upload_bytes)
 
     def _feed(self, chunk: bytes) -> None:
-        self._trace.received_bytes += len(chunk)
-        limit = self._service.settings.max_upload_bytes
-        if self._trace.received_bytes > limit:
-            raise BodyTooLarge(limit)
+        self._trace.received_bytes += len(chunk)  # of a length that `_begin` has looked at
         self._budget.cover(self._trace.received_bytes)
         self._reader.feed(chunk)
 
