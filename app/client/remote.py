@@ -10,7 +10,7 @@ from app.client.results import Prediction
 
 logger = logging.getLogger(__name__)
 
-# After a connection that failed; doubled each time.
+# After the first attempt that failed, unless the server says how long; doubled each time.
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
 MAX_PORT = 65_535
@@ -99,9 +99,10 @@ class RemoteClassifier:
     async def _ask(self, method: str, path: str, data: bytes | None = None) -> httpx2.Response:
         """Send one request, again as often and as late as it takes."""
         headers = {"Content-Type": "application/octet-stream"} if data is not None else {}
-        wait_s = FIRST_WAIT_S
+        wait_s = FIRST_WAIT_S / 2
         for attempt in range(self._retries + 1):
             last = attempt == self._retries
+            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
             try:
                 answer = await self._client.request(method, path, content=data, headers=headers)
             except (httpx2.LocalProtocolError, httpx2.UnsupportedProtocol):
@@ -115,7 +116,6 @@ class RemoteClassifier:
                     url = self._client.base_url
                     logger.error("%s does not answer; trying again", url)  # noqa: TRY400 - see ServerError
                 await asyncio.sleep(wait_s)
-                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
                 continue
             except httpx2.RequestError as error:  # such as an unknown compression
                 raise ImageError(f"the answer cannot be read: {error}") from None

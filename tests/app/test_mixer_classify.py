@@ -24,7 +24,7 @@ from PIL import Image
 
 from app.client.files import find_images
 from app.client.local import LocalClassifier
-from app.client.remote import RemoteClassifier, ServerError
+from app.client.remote import ImageError, RemoteClassifier, ServerError
 from app.nursery import nursery
 from tests.processes import ROOT, Server, serving
 
@@ -327,10 +327,16 @@ def ask(
     asyncio.run(RemoteClassifier("http://server", 1, 1, 9, None).__aenter__())
 
 
-def test_waits_for_an_unreachable_server(monkeypatch: pytest.MonkeyPatch, slept: AsyncMock) -> None:
-    """Each wait for a server that cannot be reached is twice the last one, up to half a minute."""
-    with pytest.raises(ServerError, match="nobody there"):
-        ask(monkeypatch, Mock(side_effect=httpx2.ConnectError("nobody there")))
+@pytest.mark.parametrize(
+    "failure",
+    [{"side_effect": httpx2.ConnectError("gone")}, {"return_value": httpx2.Response(502)}],
+)
+def test_waits_for_a_server_to_start(
+    monkeypatch: pytest.MonkeyPatch, slept: AsyncMock, failure: dict[str, object]
+) -> None:
+    """Each wait for a server, or for that behind its balancer, is twice the last one, to 30 s."""
+    with pytest.raises((ServerError, ImageError)):
+        ask(monkeypatch, Mock(**failure))
     waits = [call.args[0] for call in slept.await_args_list]
     assert waits == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
 
