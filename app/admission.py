@@ -145,7 +145,8 @@ class Admission:
 
     def _over_budget(self) -> Refusal | None:
         """Return a refusal if one more image, which counts itself, would outlast the budget."""
-        if self.images == 0:  # what is refused measures nothing: a slow spell would never end
+        # With a decoder free nothing waits. And refusals measure nothing: a slow spell would stay.
+        if self.images < self._settings.decode_threads:
             return None
         pending = self.images + 1
         is_taken = self.images < _BATCHES_TAKEN * self._settings.max_batch

@@ -26,7 +26,15 @@ from app.refusal import ANSWERED, Answered, refuse
 from app.routes.classify import checked_top_k, classification
 from app.service import Service
 from app.trace import new_trace
-from app.uploads import JSON, LATE_BODY, TIMEOUT_HEADER, deadline_after, image_reader, is_longer
+from app.uploads import (
+    FORM,
+    JSON,
+    LATE_BODY,
+    TIMEOUT_HEADER,
+    deadline_after,
+    image_reader,
+    is_longer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +44,9 @@ PATH = "/classify"
 # A number that needs no checking but against the model's classes.
 _TARGET = re.compile(rb"/classify(?:\?top_k=([1-9][0-9]{0,5}))?")
 _JSON = JSON.encode("ascii")
+_FORM = FORM.encode("ascii")
+# A longer form would be parsed as fast as it comes, 32 reads in a row: that way makes it wait, too.
+_LONGEST_FORM_BYTES = 1 << 20
 _NO_BODY = RawBody()  # stands where none is being collected
 # Each changes how a request is read or answered, by rules that the framework's way knows. In
 # chunks a body may come as a million pieces: that way makes the client wait for them.
@@ -71,8 +82,13 @@ def express(
         if refusal is not None:
             write(refuse(service, refusal, PATH, fields, default_headers))
             return ANSWERED
-    if fields.get(b"content-type", b"").lower().startswith(_JSON):
+    media_type = fields.get(b"content-type", b"").lower()
+    if media_type.startswith(_JSON):
         return None
+    if media_type.startswith(_FORM):
+        declared = fields.get(b"content-length", b"").decode("latin-1")
+        if is_longer(declared, _LONGEST_FORM_BYTES):
+            return None
     top_k = None if found[1] is None else int(found[1])
     return Express(service, fields, top_k, default_headers, write, clock, keep_alive)
 

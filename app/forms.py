@@ -16,14 +16,20 @@ if TYPE_CHECKING:
 
 # Besides images a form may hold some other fields. Each part costs some 30 µs of the event loop: a
 # form of nothing but parts would hold it for seconds.
-SPARE_PARTS = 16
-# The parser goes byte by byte, 0.2 s a MiB, through all that is not content (blanks behind a
-# boundary, say). So much of it a form may have, and each of its parts.
+SPARE_PARTS = 64
+# The parser goes byte by byte, 0.1 s a MiB, through all that is not content (blanks behind a
+# boundary, say). So much of it a form may have, and each of its parts: .NET sends the longest of
+# names twice, in 1.3 KiB.
 _FRAMING_BYTES = 8 * 1024
-_FRAMING_BYTES_PER_PART = 1024
+_FRAMING_BYTES_PER_IMAGE = 2 * 1024
+_FRAMING_BYTES_PER_FIELD = 256
 # What is fed at once, until that is looked at.
-_SLICE_BYTES = 32 * 1024
+SLICE_BYTES = 16 * 1024
 _TOO_MANY_PARTS = "The form has more parts than images can be taken."
+# A header's parameters cost ten times their bytes. Those of a form are two, and a file name may
+# have semicolons of its own.
+_MAX_PARAMETERS = 32
+_MAX_HEADER_BYTES = 4 * 1024
 
 # Pieces that are smaller are put together as they come: each has an overhead of its own.
 _PIECE_BYTES = 64 * 1024
@@ -90,8 +96,7 @@ class Form:
     """
 
     def __init__(self, content_type: str, max_images: int) -> None:
-        _, options = parse_options_header(content_type)
-        boundary = options.get(b"boundary", b"")
+        boundary = _parameters(content_type.encode("latin-1")).get(b"boundary", b"")
         if not boundary:
             raise MalformedForm("The multipart Content-Type names no boundary.")
         # The parser knows the fields, and they know nobody: in a circle all of them would stay,
@@ -99,7 +104,7 @@ class Form:
         self._fields = _Fields(max_images + SPARE_PARTS)
         self._started = False
         self._boundary = b"\r\n--" + boundary
-        self._boundaries_left = max_images + SPARE_PARTS
+        self._boundaries_left = max_images + SPARE_PARTS + 1  # a line break may come before all
         try:
             self._parser = MultipartParser(boundary, self._fields.callbacks())
         except FormParserError as error:
@@ -116,8 +121,8 @@ class Form:
         self._boundaries_left -= chunk.count(self._boundary)
         if self._boundaries_left < 0:
             raise MalformedForm(_TOO_MANY_PARTS)
-        for start in range(0, len(chunk), _SLICE_BYTES):
-            piece = chunk[start : start + _SLICE_BYTES]
+        for start in range(0, len(chunk), SLICE_BYTES):
+            piece = chunk[start : start + SLICE_BYTES]
             try:
                 self._parser.write(piece)
             except FormParserError as error:
@@ -165,7 +170,7 @@ class _Fields:
         self._parts_left = most_parts
         self._framing_left = _FRAMING_BYTES
         self._header = (bytearray(), bytearray())  # name, value
-        self._name = b""
+        self._disposition = b""
         self._content = Pieces()
 
     def callbacks(self) -> "MultipartCallbacks":
@@ -191,11 +196,12 @@ class _Fields:
             raise MalformedForm("The form has too little content between its boundaries.")
 
     def _begin(self) -> None:
-        self._name, self._content = b"", Pieces()
-        self._framing_left += _FRAMING_BYTES_PER_PART
+        self._disposition, self._content = b"", Pieces()
         self._parts_left -= 1
         if self._parts_left < 0:
             raise MalformedForm(_TOO_MANY_PARTS)
+        is_image = self._parts_left >= SPARE_PARTS  # or may be
+        self._framing_left += _FRAMING_BYTES_PER_IMAGE if is_image else _FRAMING_BYTES_PER_FIELD
 
     def _add(self, which: int, data: bytes) -> None:
         self._header[which].extend(data)
@@ -204,15 +210,27 @@ class _Fields:
         name, value = map(bytes, self._header)
         self._header = (bytearray(), bytearray())
         if name.lower() == b"content-disposition":
-            _, options = parse_options_header(value)
-            self._name = options.get(b"name", b"")
+            self._disposition = value
 
     def _add_content(self, data: bytes, start: int, end: int) -> None:
         self._framing_left += end - start
         self._content.add(memoryview(data)[start:end])
 
     def _end_part(self) -> None:
-        self.found.setdefault(self._name, []).append(self._content.join())
+        name = _parameters(self._disposition).get(b"name", b"")
+        self.found.setdefault(name, []).append(self._content.join())
+        self._content = Pieces()  # what is joined is here once
 
     def _end(self) -> None:
         self.are_whole = True
+
+
+def _parameters(header: bytes) -> dict[bytes, bytes]:
+    """Return the parameters of a header such as `form-data; name="file"`.
+
+    Raises:
+        MalformedForm: there are too many.
+    """
+    if len(header) > _MAX_HEADER_BYTES or header.count(b";") > _MAX_PARAMETERS:
+        raise MalformedForm("A header of the form has too many parameters.")
+    return parse_options_header(header)[1]

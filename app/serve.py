@@ -31,7 +31,7 @@ from app.main import create_app
 from app.nursery import nursery
 from app.protocol import bounded
 from app.settings import Settings, read_settings
-from app.start import end_when_told
+from app.start import end_when_told, open_standard_streams
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     if words and words[0] == "tune":
         return tune.main(words[1:])
+    open_standard_streams()
     try:
         settings = read_settings(words)
         configure(settings.log_level, settings.log_format)

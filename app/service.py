@@ -1,6 +1,7 @@
 """What the routes serve with: the parts that main.py has wired together."""
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, field
 
 from app.admission import Admission
 from app.classifier import Classifier
@@ -23,6 +24,7 @@ class Service:
     keys: ApiKeys | None  # whoever has one of them may ask; None: everybody
     spans: Spans | None  # where they are exported
     draining: bool = False  # told to stop: still serving, but no longer ready
+    form_turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of the form that is parsed
 
     @property
     def is_ready(self) -> bool:

@@ -19,3 +19,15 @@ def end_when_told() -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: os._exit(128 + received))
+
+
+def open_standard_streams() -> None:
+    """Let those of the three that are closed lead nowhere: else they would be the next sockets.
+
+    The event loop's own would stop its end: libuv holds that no such descriptor is closed.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free

@@ -343,7 +343,7 @@ def test_waits_for_a_server_to_start(
 
 @pytest.mark.parametrize(
     ("asked", "wait_s"),
-    [("7", 7), ("0", 0), ("3600", 30), ("Wed, 21 Oct 2026 07:28:00 GMT", 0.5), ("-1", 0.5)],
+    [("7", 7), ("0", 0.5), ("3600", 30), ("Wed, 21 Oct 2026 07:28:00 GMT", 0.5), ("-1", 0.5)],
 )
 def test_waits_for_a_busy_server(
     monkeypatch: pytest.MonkeyPatch, slept: AsyncMock, asked: str, wait_s: float
