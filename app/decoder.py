@@ -12,6 +12,7 @@ import struct
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
@@ -72,14 +73,19 @@ def main() -> None:
         if os.fork() == 0:
             control.close()
             give_way()
-            send(link, str(os.getpid()).encode())
-            serve(link)
+            with suppress(OSError):  # the service is gone
+                send(link, str(os.getpid()).encode())
+                serve(link)
             os._exit(0)
         link.close()
 
 
 def serve(link: socket.socket) -> None:
-    """Decode what comes from `link` until it is closed."""
+    """Decode what comes from `link` until it is closed.
+
+    Raises:
+        OSError: it is closed while there is something to answer.
+    """
     first = receive(link)
     if first is None:
         return
@@ -101,10 +107,7 @@ def serve(link: socket.socket) -> None:
             del picture  # the pixels behind it need not wait for the next upload
         signal.setitimer(signal.ITIMER_PROF, 0)
         del message
-        try:
-            send(link, ANSWER.pack(*head), body)
-        except OSError:
-            return  # the service is gone
+        send(link, ANSWER.pack(*head), body)
 
 
 def _limit_memory(more_bytes: int) -> None:

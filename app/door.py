@@ -5,11 +5,13 @@ so that under overload a refusal costs as little as it can.
 """
 
 from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.errors import NotReady, Problem, Unauthorized
 from app.keys import ApiKeys
-from app.routes.problems import answer_to
+from app.routes.problems import answer_to, problem_response
 from app.service import Service
 
 # Orchestrators, balancers and Prometheus come without a key; what they see tells of no image.
@@ -49,6 +51,19 @@ class Door:
                 await self._app(scope, receive, send)
         except Problem as problem:
             await answer_to(scope, problem)(scope, receive, send)
+
+
+class Origins(CORSMiddleware):
+    """Starlette's middleware for pages of other origins; what it refuses is a problem, too."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Answer a browser that asks whether it may."""
+        answer = super().preflight_response(request_headers)
+        if answer.status_code == 200:
+            return answer
+        kept = {k: v for k, v in answer.headers.items() if not k.startswith("content-")}
+        detail = f"{bytes(answer.body).decode()}."
+        return problem_response(answer.status_code, detail, headers=kept)
 
 
 def _is_page(scope: Scope) -> bool:

@@ -8,12 +8,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from starlette.middleware.cors import CORSMiddleware
 
 from app.access import REQUEST_ID_HEADER, Access
 from app.admission import Admission
 from app.classifier import Classifier
-from app.door import Door
+from app.door import Door, Origins
 from app.engine import Engine
 from app.explain import Explainer
 from app.keys import KEY_SCHEMES, ApiKeys
@@ -106,7 +105,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     if settings.cors_origins:
         # Outside the door: a browser's preflight carries no key.
         app.add_middleware(
-            CORSMiddleware,
+            Origins,
             allow_origins=[origin.strip() for origin in settings.cors_origins.split(",")],
             allow_methods=["GET", "POST"],
             allow_headers=[

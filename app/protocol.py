@@ -6,6 +6,7 @@ client that sends more than it may reads its answer before the connection goes.
 """
 
 import asyncio
+import time
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -27,6 +28,7 @@ from app.refusal import Answered
 from app.service import Service
 from app.settings import Settings
 from app.trace import new_trace
+from app.turns import TURN_S
 
 # What a request may hold besides its body: nginx's and most balancers' own limit for headers.
 MAX_HEADER_BYTES = 64 * 1024
@@ -36,6 +38,8 @@ MAX_HEADERS = 100
 FRAMING_PER_BODY_BYTE = 16
 # After the body's deadline, time for the application's own 408 before the connection is cut.
 LAST_WORD_S = 1.0
+# Read at once, until the clock is looked at: of chunks of one byte, a thousand.
+SLICE_BYTES = 8 * 1024
 # Requests sent ahead of their answers. Clients that pipeline at all send a handful; each one that
 # waits holds a few kB, and one read from the socket could bring thousands.
 MAX_PIPELINED = 32
@@ -71,6 +75,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._allowance = MAX_HEADER_BYTES  # bytes that may still come for this message
         self._watch: asyncio.TimerHandle | None = None
         self._is_spare = False  # over the limit of connections: for probes only
+        self._is_chunked = False  # the body that is arriving
+        self._unread = b""  # what came and waits for its turn
         self._owed = 0  # bytes of this message's body that go past the parser
         self._express: Express | None = None  # the request that is served without ASGI
         self._before = self.cycle  # the request before the last
@@ -80,7 +86,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         """Start the clock: a client that connects has a request to send."""
         self._farewell = Farewell(
-            transport, self.loop, lambda: self._begun or self.flow.read_paused
+            transport,
+            self.loop,
+            lambda: self._begun or bool(self._unread) or self.flow.read_paused,
         )
         super().connection_made(self._farewell)
         excess = len(self.connections) - self.settings.max_connections
@@ -94,6 +102,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clocks, and whatever is being done for the client."""
+        self._unread = b""
         if self._express is not None:
             self._express.hang_up()
         self._clock.end()
@@ -113,6 +122,9 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._deaf:
             return
+        if self._unread or self._is_chunked:
+            self._put_off(data)
+            return
         if self._is_idle:
             if not data.strip(b"\r\n"):
                 return  # empty lines are no request (RFC 9112, 2.2), nor do they keep us waiting
@@ -120,17 +132,7 @@ class BoundedProtocol(HttpToolsProtocol):
         data = self._take_body(data) if self._owed else self._take_usual(data)
         if not data or self.transport.is_closing():
             return
-        self._allowance -= len(data)
-        self._parse(data)
-        is_more_due = self._begun and not self._deaf
-        if is_more_due and not self._clock.is_running and not self.transport.is_closing():
-            self._start_clock(self._patience_s())
-        allowed = self._allowance + self._body_bytes * FRAMING_PER_BODY_BYTE
-        if allowed < 0 and not self.transport.is_closing():
-            if self._in_headers:
-                self._refuse_headers()
-            else:
-                self.transport.close()
+        self._read(data)
 
     def on_message_begin(self) -> None:
         """Grant the new message its headers."""
@@ -178,6 +180,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(400, "Bad request", "There is more than one Host.")
             raise OverflowError("two hosts")
         self._in_headers = False
+        self._is_chunked = any(name == b"transfer-encoding" for name, _ in self.headers)
         self._clock.stop()  # `data_received` starts the body's, if the body is still to come
         if (
             self.parser.get_method() == b"POST"
@@ -213,7 +216,9 @@ class BoundedProtocol(HttpToolsProtocol):
         if isinstance(cycle, Express) and not cycle.response_complete:
             cycle.feed(body)
         elif not cycle.response_complete:
-            cycle.body += body
+            # One byte too many is enough to refuse it.
+            excess = self._body_bytes - self.settings.max_upload_bytes - 1
+            cycle.body += body if excess <= 0 else body[: max(0, len(body) - excess)]
             if len(cycle.body) > HIGH_WATER_LIMIT:
                 self.flow.pause_reading()
             cycle.message_event.set()
@@ -224,6 +229,44 @@ class BoundedProtocol(HttpToolsProtocol):
         """Stop the clock until the next request begins."""
         if not self.parser.should_upgrade():  # else the parser leaves the body to us
             self._end_message()
+
+    def _put_off(self, data: bytes) -> None:
+        """Leave data for this connection's turn; until then nothing more is taken."""
+        if not self._unread:
+            self._service.turns.ask(self._read_on)
+        self._unread += data
+        self.transport.pause_reading()
+
+    def _read_on(self) -> None:
+        data, self._unread = self._unread, b""
+        if not self.transport.is_closing():
+            self._read(data)
+            if not self._unread and not self.flow.read_paused:
+                self.transport.resume_reading()
+
+    def _read(self, data: bytes) -> None:
+        """Parse what came, or as much of it as a turn allows."""
+        began = time.monotonic()
+        for start in range(0, len(data), SLICE_BYTES):
+            if self._deaf or self.transport.is_closing():
+                return
+            if time.monotonic() - began > TURN_S:
+                self._put_off(data[start:])
+                return
+            self._read_slice(data[start : start + SLICE_BYTES])
+
+    def _read_slice(self, data: bytes) -> None:
+        self._allowance -= len(data)
+        self._parse(data)
+        is_more_due = self._begun and not self._deaf
+        if is_more_due and not self._clock.is_running and not self.transport.is_closing():
+            self._start_clock(self._patience_s())
+        allowed = self._allowance + self._body_bytes * FRAMING_PER_BODY_BYTE
+        if allowed < 0 and not self.transport.is_closing():
+            if self._in_headers:
+                self._refuse_headers()
+            else:
+                self.transport.close()
 
     def _parse(self, data: bytes) -> None:
         try:
@@ -295,7 +338,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _end_message(self) -> None:
         self._clock.stop()
-        self._begun = False
+        self._begun = self._is_chunked = False
         self._in_headers = True
         self._allowance, self._body_bytes = MAX_HEADER_BYTES, 0
         cycle = self.cycle
@@ -387,7 +430,8 @@ class BoundedProtocol(HttpToolsProtocol):
         )
 
     def _close_if_idle(self) -> None:
-        if not self._begun and (self.cycle is None or self.cycle.response_complete):
+        is_begun = self._begun or self._unread
+        if not is_begun and (self.cycle is None or self.cycle.response_complete):
             self.transport.close()
 
     def _patience_s(self) -> float:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
 from types import FrameType
 
 import uvicorn
@@ -136,7 +137,8 @@ class DrainingServer(uvicorn.Server):
         # Ctrl+C comes from a person at a terminal: no balancer is to be waited for.
         delay_s = 0.0 if sig == signal.SIGINT else self._drain_delay_s
         self._stop_at = time.monotonic() + delay_s
-        logger.info("draining for %g s, then stopping", delay_s)
+        # Whatever request the signal came upon has nothing to do with it.
+        Context().run(logger.info, "draining for %g s, then stopping", delay_s)
 
     async def on_tick(self, counter: int) -> bool:
         """Stop when the drain delay is over; uvicorn asks ten times a second."""

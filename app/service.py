@@ -1,6 +1,5 @@
 """What the routes serve with: the parts that main.py has wired together."""
 
-import asyncio
 from dataclasses import dataclass, field
 
 from app.admission import Admission
@@ -10,6 +9,7 @@ from app.keys import ApiKeys
 from app.metrics import Metrics
 from app.settings import Settings
 from app.spans import Spans
+from app.turns import Turns
 
 
 @dataclass(slots=True)
@@ -24,7 +24,7 @@ class Service:
     keys: ApiKeys | None  # whoever has one of them may ask; None: everybody
     spans: Spans | None  # where they are exported
     draining: bool = False  # told to stop: still serving, but no longer ready
-    form_turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of the form that is parsed
+    turns: Turns = field(default_factory=Turns)  # of bodies that are slow to read
 
     @property
     def is_ready(self) -> bool:

@@ -20,7 +20,10 @@ from app.errors import StartupError
 from app.logs import LogFormat
 
 PREFIX = "MIXER_"
-_ORIGIN = r"https?://[a-z0-9.\[\]:_-]+"  # as browsers send it (RFC 6454, section 6.2)
+# As browsers send them (RFC 6454, section 6.2): no path, no user, a port up to 65535.
+_NAME = r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?"
+_PORT = r"[1-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+_ORIGIN = rf"https?://({_NAME}(\.{_NAME})*|\[[0-9a-f:.]+\])(:({_PORT}))?"
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "mixer-cifar10.onnx"
 
 

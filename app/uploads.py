@@ -18,13 +18,13 @@ from app.errors import (
 )
 from app.forms import SLICE_BYTES, Form, RawBody
 from app.settings import Settings
+from app.turns import TURN_S, Turns
 
 FORM = "multipart/form-data"
 JSON = "application/json"
 RAW = "application/octet-stream"
 TIMEOUT_HEADER = "x-request-timeout-ms"
 _MAX_TIMEOUT_DIGITS = 15
-_TURN_S = 0.001  # a form of photos takes less
 LATE_BODY = "The request's time ran out before its body was here."
 Answer = TypeVar("Answer")
 
@@ -176,7 +176,7 @@ async def _receive(
                     raise BodyTooLarge(settings.max_upload_bytes)
                 budget.cover(size)
                 if isinstance(reader, Form):
-                    await _parse(reader, chunk, request.app.state.service.form_turn)
+                    await _parse(reader, chunk, request.app.state.service.turns)
                 else:
                     reader.feed(chunk)
     except TimeoutError:
@@ -186,16 +186,12 @@ async def _receive(
     return deadline_after(None, settings) if asked is None else deadline
 
 
-async def _parse(form: Form, chunk: bytes, turn: asyncio.Lock) -> None:
-    """Feed a form slice by slice, before all others that arrive.
-
-    Parts and their headers are read byte by byte. However many clients send a thousand of them, the
-    event loop gets to everything else after `_TURN_S` and a slice.
-    """
-    async with turn:
-        began = time.monotonic()
-        for start in range(0, len(chunk), SLICE_BYTES):
-            form.feed(chunk[start : start + SLICE_BYTES])
-            if time.monotonic() - began > _TURN_S:
-                await asyncio.sleep(0)
-                began = time.monotonic()
+async def _parse(form: Form, chunk: bytes, turns: Turns) -> None:
+    """Feed a form slice by slice: parts and their headers are read byte by byte."""
+    await turns.mine()
+    began = time.monotonic()
+    for start in range(0, len(chunk), SLICE_BYTES):
+        if time.monotonic() - began > TURN_S:
+            await turns.mine()
+            began = time.monotonic()
+        form.feed(chunk[start : start + SLICE_BYTES])

@@ -179,6 +179,11 @@ def test_cors_is_off_unless_configured(fake: Start) -> None:
             assert allowed == "https://shop.example"
         foreign = one(server.url, post(make_image(), Origin="https://evil.example"))
         assert not foreign.header("Access-Control-Allow-Origin")
+        refused = one(server.url, preflight.replace(b"shop.", b"evil."))
+        assert (refused.status, refused.header("Content-Type")) == (400, "application/problem+json")
+        assert json.loads(refused.body)["detail"] == "Disallowed CORS origin."
+        assert not refused.header("Access-Control-Allow-Origin")
+        assert refused.header("Vary")
 
 
 def test_nothing_of_a_user_in_the_log(fake: Start, keys: Path, tmp_path: Path) -> None:

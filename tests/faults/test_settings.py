@@ -43,6 +43,8 @@ BAD = [
     ("API_KEYS_FILE", "/nowhere/keys", "No such file"),
     ("CORS_ORIGINS", "shop.example", "origins"),
     ("CORS_ORIGINS", "https://*.shop.example", "origins"),
+    ("CORS_ORIGINS", "https://shop.example:65536", "origins"),
+    ("CORS_ORIGINS", "https://shop..example", "origins"),
     ("MODEL", "x" * 300, "no such file"),
     ("MODEL", __file__, "not a model"),
     ("HOST", "no.such.host.invalid", "cannot listen there"),
