@@ -31,8 +31,11 @@ _TOO_MANY_PARTS = "The form has more parts than images can be taken."
 _MAX_PARAMETERS = 32
 _MAX_HEADER_BYTES = 4 * 1024
 
-# Pieces that are smaller are put together as they come: each has an overhead of its own.
-_PIECE_BYTES = 64 * 1024
+# Pieces that are smaller are put together as they come: each has an overhead of its own. And so are
+# those of a long body, in blocks that the C library maps: by the hundred they would leave its heap
+# in shreds. A photo of the usual size is not copied.
+_BLOCK_BYTES = 1 << 20
+_SMALL_BYTES = 16 * 1024
 
 
 class Pieces:
@@ -43,16 +46,18 @@ class Pieces:
 
     def __init__(self) -> None:
         self._pieces: list[bytes | bytearray] = []
-        self._small = bytearray()
+        self._block = bytearray()
+        self._room = _BLOCK_BYTES  # for pieces as they come
 
     def add(self, chunk: bytes | memoryview) -> None:
-        """Take the next bytes; `bytes` of some size are kept as they are."""
-        if isinstance(chunk, bytes) and len(chunk) >= _PIECE_BYTES // 4:
+        """Take the next bytes; the first ones of some size are kept as they are."""
+        if isinstance(chunk, bytes) and _SMALL_BYTES <= len(chunk) <= self._room:
             self._flush()
             self._pieces.append(chunk)
+            self._room -= len(chunk)
             return
-        self._small += chunk
-        if len(self._small) >= _PIECE_BYTES:
+        self._block += chunk
+        if len(self._block) >= _BLOCK_BYTES:
             self._flush()
 
     def join(self) -> bytes:
@@ -61,9 +66,9 @@ class Pieces:
         return b"".join(self._pieces)
 
     def _flush(self) -> None:
-        if self._small:
-            self._pieces.append(self._small)
-            self._small = bytearray()
+        if self._block:
+            self._pieces.append(self._block)
+            self._block = bytearray()
 
 
 class RawBody:
@@ -77,12 +82,12 @@ class RawBody:
         self._body.add(chunk)
 
     def image(self) -> bytes:
-        """Return the image.
+        """Return the image, and let go of it.
 
         Raises:
             EmptyBody: nothing came.
         """
-        image = self._body.join()
+        image, self._body = self._body.join(), Pieces()
         if not image:
             raise EmptyBody("The request's body is empty; send an image.")
         return image

@@ -28,7 +28,7 @@ from app.refusal import Answered
 from app.service import Service
 from app.settings import Settings
 from app.trace import new_trace
-from app.turns import TURN_S
+from app.turns import TURN_S, Backlog
 
 # What a request may hold besides its body: nginx's and most balancers' own limit for headers.
 MAX_HEADER_BYTES = 64 * 1024
@@ -49,7 +49,7 @@ WATCH_S = 0.1
 # an orchestrator nor Prometheus shall take a full replica for a dead one.
 MAX_PROBES = 16
 PROBE_TIMEOUT_S = 1.0
-FULL = (503, "Too many connections", "This replica has no connection to spare.")
+FULL = (503, "Too many connections", "This replica has no room for another connection.")
 # Beyond those, so many connections may read their refusal in peace; those of a flood are closed.
 MAX_FAREWELLS = 64
 # When the listener has closed, time for the first request of a connection opened just before.
@@ -76,19 +76,19 @@ class BoundedProtocol(HttpToolsProtocol):
         self._watch: asyncio.TimerHandle | None = None
         self._is_spare = False  # over the limit of connections: for probes only
         self._is_chunked = False  # the body that is arriving
-        self._unread = b""  # what came and waits for its turn
         self._owed = 0  # bytes of this message's body that go past the parser
         self._express: Express | None = None  # the request that is served without ASGI
         self._before = self.cycle  # the request before the last
         self._farewell: Farewell
         self._service: Service = self.served.state.service
+        self._backlog = Backlog(self._service.turns, self._read_on)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         """Start the clock: a client that connects has a request to send."""
         self._farewell = Farewell(
             transport,
             self.loop,
-            lambda: self._begun or bool(self._unread) or self.flow.read_paused,
+            lambda: self._begun or bool(self._backlog) or self.flow.read_paused,
         )
         super().connection_made(self._farewell)
         excess = len(self.connections) - self.settings.max_connections
@@ -102,7 +102,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clocks, and whatever is being done for the client."""
-        self._unread = b""
+        self._backlog.take()
         if self._express is not None:
             self._express.hang_up()
         self._clock.end()
@@ -122,7 +122,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._deaf:
             return
-        if self._unread or self._is_chunked:
+        if self._backlog or self._is_chunked:
             self._put_off(data)
             return
         if self._is_idle:
@@ -232,16 +232,15 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _put_off(self, data: bytes) -> None:
         """Leave data for this connection's turn; until then nothing more is taken."""
-        if not self._unread:
-            self._service.turns.ask(self._read_on)
-        self._unread += data
-        self.transport.pause_reading()
+        if self._backlog.add(data):
+            self.transport.pause_reading()
+        else:
+            self._refuse(*FULL)
 
-    def _read_on(self) -> None:
-        data, self._unread = self._unread, b""
+    def _read_on(self, data: bytes) -> None:
         if not self.transport.is_closing():
             self._read(data)
-            if not self._unread and not self.flow.read_paused:
+            if not self._backlog and not self.flow.read_paused:
                 self.transport.resume_reading()
 
     def _read(self, data: bytes) -> None:
@@ -430,7 +429,7 @@ class BoundedProtocol(HttpToolsProtocol):
         )
 
     def _close_if_idle(self) -> None:
-        is_begun = self._begun or self._unread
+        is_begun = self._begun or self._backlog
         if not is_begun and (self.cycle is None or self.cycle.response_complete):
             self.transport.close()
 

@@ -44,6 +44,8 @@ BACKLOG = 2048  # connections that wait to be accepted, as uvicorn's own
 # only bounds it.
 LAST_ACCEPT_S = 2.0
 SO_ATTACH_FILTER = 26  # asm-generic/socket.h; Python does not name it
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+LARGE_BLOCK_BYTES = 4 * 2**20  # no batch: what it is stacked in would come anew each time
 # Besides connections: the listener, the event loop's own, the model, the log, closing connections.
 SPARE_DESCRIPTORS = 128
 
@@ -54,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words and words[0] == "tune":
         return tune.main(words[1:])
     open_standard_streams()
+    _map_large_blocks()
     try:
         settings = read_settings(words)
         configure(settings.log_level, settings.log_format)
@@ -87,6 +90,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     DrainingServer(app, settings).run(sockets=[listener])
     return 0
+
+
+def _map_large_blocks() -> None:
+    """Have the C library map what is as large as a body, so that it goes back as a whole.
+
+    By itself it begins, after the first such block, to carve all others from its heaps, where
+    whatever lies behind them keeps them (mallopt(3), M_MMAP_THRESHOLD).
+    """
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallopt"):  # glibc's
+        allocator.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+        allocator.mallopt(M_TRIM_THRESHOLD, 8 * 2**20)
 
 
 def _open(settings: Settings) -> OnnxEngine:

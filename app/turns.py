@@ -10,12 +10,15 @@ from collections.abc import Callable
 
 # What is read in one turn, and a slice. Honest bodies are read within it.
 TURN_S = 0.001
+# Held by all who wait: 256 connections, each with as much as one read brings.
+MAX_HELD_BYTES = 64 * 2**20
 
 
 class Turns:
     """Those who wait to read on."""
 
     def __init__(self) -> None:
+        self.held_bytes = 0  # in all backlogs
         self._waiting: deque[Callable[[], None]] = deque()
         self._is_due = False
 
@@ -42,3 +45,33 @@ class Turns:
             step()
         finally:
             self._go_on()
+
+
+class Backlog:
+    """What one connection has brought, and is not read yet."""
+
+    def __init__(self, turns: Turns, read: Callable[[bytes], None]) -> None:
+        """Have `read` called with it in its turn."""
+        self._turns = turns
+        self._read = read
+        self._data = b""
+
+    def __bool__(self) -> bool:
+        """Return whether there is anything."""
+        return bool(self._data)
+
+    def add(self, data: bytes) -> bool:
+        """Hold more; return whether there was room for it."""
+        if self._turns.held_bytes + len(data) > MAX_HELD_BYTES:
+            return False
+        if not self._data:
+            self._turns.ask(lambda: self._read(self.take()))
+        self._data += data
+        self._turns.held_bytes += len(data)
+        return True
+
+    def take(self) -> bytes:
+        """Return all of it, and hold it no more."""
+        data, self._data = self._data, b""
+        self._turns.held_bytes -= len(data)
+        return data

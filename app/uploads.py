@@ -89,15 +89,14 @@ async def read_image(
 
 async def read_body(
     request: Request, settings: Settings, budget: BodyBudget
-) -> tuple[bytes, float]:
-    """Return the whole body, and the request's deadline.
+) -> tuple[RawBody, float]:
+    """Return the whole body, in pieces yet, and the request's deadline.
 
     Raises:
-        EmptyBody, BodyTooLarge, BodyTimeout, DeadlineExceeded, QueueFull: as their names say.
+        BodyTooLarge, BodyTimeout, DeadlineExceeded, QueueFull: as their names say.
     """
     body = RawBody()
-    deadline = await _receive(request, settings, budget, body)
-    return body.image(), deadline
+    return body, await _receive(request, settings, budget, body)
 
 
 async def read_images(
