@@ -1,0 +1,161 @@
+"""Promise 6, for the event loop: bodies that are slow to read hold up nobody else."""
+
+import asyncio
+import contextlib
+import io
+import socket
+import struct
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from app.turns import MAX_HELD_BYTES, Backlog, Turns
+from tests.fakes import make_image
+from tests.faults.conftest import Figure, Start
+from tests.faults.load import dial, get, one, post
+from tests.faults.test_pieces import send, statuses
+from tests.processes import Server
+
+HEAD = b"POST /classify HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n"
+NO_LINGER = struct.pack("ii", 1, 0)  # closing is a reset
+
+
+def chunked(body: bytes, size: int) -> bytes:
+    """Return a POST of `body` in chunks of `size` bytes."""
+    pieces = [body[start : start + size] for start in range(0, len(body), size)]
+    return HEAD + b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
+
+
+def noise() -> bytes:
+    """Return an image of some 30 kB: in chunks of one byte it takes several turns."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (100, 100, 3), np.uint8)).save(
+        file, "PNG"
+    )
+    return file.getvalue()
+
+
+def test_many_clients_send_chunks_of_one_byte(fake: Start, figure: Figure) -> None:
+    """Of 64 clients that send them without end, `/livez` and other clients notice little."""
+    stop = threading.Event()
+    block = chunked(b"A" * 50_000, 1)
+
+    def flood(server: Server) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(OSError), dial(server.url) as client:
+                client.settimeout(1)
+                while not stop.is_set():
+                    client.sendall(block)
+
+    with fake() as server:
+        threads = [threading.Thread(target=flood, args=(server,)) for _ in range(64)]
+        for thread in threads:
+            thread.start()
+        try:
+            time.sleep(1)
+            probes = []
+            end = time.monotonic() + 3
+            while time.monotonic() < end:
+                answers = [one(server.url, get("/livez")), one(server.url, post(make_image()))]
+                assert [answer.status for answer in answers] == [200, 200]
+                probes += [answer.latency_s for answer in answers]
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+    figure(f"{len(probes)} answers, the slowest after {max(probes) * 1000:.0f} ms")
+    assert max(probes) < 1  # it was 12 s
+
+
+@pytest.mark.parametrize("size", [1, 16, 5000, 100_000])
+def test_what_is_read_in_turns_means_the_same(fake: Start, size: int) -> None:
+    """A body in chunks of any size is one image, and what comes behind it the next request."""
+    request = chunked(noise(), size)
+    with fake() as server:
+        assert statuses(send(server, [request])) == [200]
+        assert statuses(send(server, [request + request + get("/livez")])) == [200, 200, 200]
+        assert statuses(send(server, [request + post(noise()), post(noise())])) == [200, 200, 200]
+        assert statuses(send(server, [request + b"GARBAGE\r\n\r\n"])) == [200]
+
+
+@pytest.mark.parametrize("size", [1000, 1 << 20])
+def test_one_byte_over_the_limit_is_kept(fake: Start, size: int) -> None:
+    """Of a chunked body one byte more than the limit is taken, however large its chunks."""
+    with fake(max_upload_bytes=100_000) as server:
+        answer = send(server, [chunked(bytes(3 << 20), size)])
+        assert statuses(answer)[:1] == [413]
+        metrics = one(server.url, get("/metrics")).body.decode()
+    assert "mixer_received_bytes_total 100001.0" in metrics
+
+
+def test_clients_gone_before_their_turn(fake: Start) -> None:
+    """What a client leaves unread is held no longer than the client stays."""
+    flood = HEAD + b"1\r\nA\r\n" * 45_000
+    count = MAX_HELD_BYTES // len(flood) + 50
+    with fake() as server:
+        for _ in range(count):
+            with dial(server.url) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+                client.sendall(flood)
+        assert one(server.url, chunked(noise(), 1)).status == 200
+
+
+def test_one_turn_a_round() -> None:
+    """In each round of the event loop one of those who wait reads on, in the order they came."""
+    seen: list[str] = []
+
+    async def run() -> None:
+        turns = Turns()
+        for name in "abc":
+            turns.ask(lambda name=name: seen.append(name))  # type: ignore[misc] # a default of a lambda
+        for _ in range(3):
+            seen.append("|")
+            await asyncio.sleep(0)
+        await turns.mine()
+        seen.append("d")
+
+    asyncio.run(run())
+    assert "".join(seen) == "|a|b|cd"
+
+
+def test_a_turn_that_fails_ends_itself() -> None:
+    """An error in one turn is the event loop's to report, and the others follow."""
+    seen: list[object] = []
+
+    def fail() -> None:
+        raise IndexError
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: seen.append(type(context["exception"]))
+        )
+        turns = Turns()
+        turns.ask(fail)
+        turns.ask(lambda: seen.append("next"))
+        await turns.mine()
+
+    asyncio.run(run())
+    assert seen == [IndexError, "next"]
+
+
+def test_no_more_is_held_than_there_is_room_for() -> None:
+    """All connections together hold so much, and what is read or given up makes room."""
+    read: list[int] = []
+
+    async def run() -> None:
+        turns = Turns()
+        first, second = (Backlog(turns, lambda data: read.append(len(data))) for _ in range(2))
+        assert first.add(bytes(MAX_HELD_BYTES - 1))
+        assert second.add(b"a")
+        assert not first.add(b"b")
+        assert not second.add(b"b")
+        assert second.take() == b"a"
+        assert first.add(b"b")
+        await turns.mine()
+        assert (turns.held_bytes, bool(first), bool(second)) == (0, False, False)
+
+    asyncio.run(run())
+    assert read == [MAX_HELD_BYTES, 0]
