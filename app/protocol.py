@@ -102,7 +102,6 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clocks, and whatever is being done for the client."""
-        self._backlog.take()
         if self._express is not None:
             self._express.hang_up()
         self._clock.end()
@@ -238,7 +237,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(*FULL)
 
     def _read_on(self, data: bytes) -> None:
-        if not self.transport.is_closing():
+        if not (self._deaf or self.transport.is_closing()):
             self._read(data)
             if not self._backlog and not self.flow.read_paused:
                 self.transport.resume_reading()
@@ -247,12 +246,13 @@ class BoundedProtocol(HttpToolsProtocol):
         """Parse what came, or as much of it as a turn allows."""
         began = time.monotonic()
         for start in range(0, len(data), SLICE_BYTES):
+            end = start + SLICE_BYTES
+            self._read_slice(data[start:end])
             if self._deaf or self.transport.is_closing():
                 return
-            if time.monotonic() - began > TURN_S:
-                self._put_off(data[start:])
+            if end < len(data) and time.monotonic() - began > TURN_S:
+                self._put_off(data[end:])
                 return
-            self._read_slice(data[start : start + SLICE_BYTES])
 
     def _read_slice(self, data: bytes) -> None:
         self._allowance -= len(data)

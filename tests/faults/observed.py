@@ -3,7 +3,7 @@
 `OBSERVED_BATCH_MS` puts a fake engine of that latency in the model's place. `GET /observed` shows
 what is in flight and how many images the engine has seen; `?fault=raise`, `nan` or `none` breaks
 and mends the engine; with `fork`, no decoder can be started. `OBSERVED_KEEP_ALIVE_S` closes idle
-connections sooner.
+connections sooner; with `OBSERVED_SLICE_BYTES` a turn is over after so many.
 """
 
 import os
@@ -16,7 +16,7 @@ import numpy as np
 from fastapi import FastAPI
 from numpy.typing import NDArray
 
-from app import decoders, images, main, serve
+from app import decoders, images, main, protocol, serve
 from app.decoder import MAX_CPU_S
 from app.engine import Engine, OnnxEngine
 from app.nursery import nursery
@@ -125,4 +125,7 @@ if __name__ == "__main__":
     serve.OnnxEngine = ObservedEngine  # type: ignore[attr-defined,assignment] # the same face
     serve.create_app = create_observed_app  # type: ignore[attr-defined,assignment] # likewise
     serve.KEEP_ALIVE_S = int(os.environ.get("OBSERVED_KEEP_ALIVE_S", serve.KEEP_ALIVE_S))
+    if slice_bytes := os.environ.get("OBSERVED_SLICE_BYTES"):
+        protocol.SLICE_BYTES = int(slice_bytes)
+        vars(protocol)["TURN_S"] = -1.0
     sys.exit(serve.main())

@@ -2,22 +2,22 @@
 
 import asyncio
 import contextlib
-import io
 import socket
 import struct
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from app.turns import MAX_HELD_BYTES, Backlog, Turns
-from tests.fakes import make_image
+from tests.fakes import encode, make_image
 from tests.faults.conftest import Figure, Start
 from tests.faults.load import dial, get, one, post
 from tests.faults.test_pieces import send, statuses
-from tests.processes import Server
+from tests.processes import Server, serving
 
 HEAD = b"POST /classify HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n"
 NO_LINGER = struct.pack("ii", 1, 0)  # closing is a reset
@@ -29,13 +29,10 @@ def chunked(body: bytes, size: int) -> bytes:
     return HEAD + b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
 
 
-def noise() -> bytes:
-    """Return an image of some 30 kB: in chunks of one byte it takes several turns."""
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (100, 100, 3), np.uint8)).save(
-        file, "PNG"
-    )
-    return file.getvalue()
+def noise(side: int = 100) -> bytes:
+    """Return an image of 3 bytes a pixel: one of 30 kB takes several turns in chunks of a byte."""
+    pixels = np.random.default_rng(0).integers(0, 255, (side, side, 3), np.uint8)
+    return encode(Image.fromarray(pixels))
 
 
 def test_many_clients_send_chunks_of_one_byte(fake: Start, figure: Figure) -> None:
@@ -79,6 +76,18 @@ def test_what_is_read_in_turns_means_the_same(fake: Start, size: int) -> None:
         assert statuses(send(server, [request + request + get("/livez")])) == [200, 200, 200]
         assert statuses(send(server, [request + post(noise()), post(noise())])) == [200, 200, 200]
         assert statuses(send(server, [request + b"GARBAGE\r\n\r\n"])) == [200]
+
+
+@pytest.mark.parametrize("slice_bytes", [1, 999, 100_000])
+@pytest.mark.parametrize("size", [100, 300_000])
+def test_what_comes_while_a_turn_is_waited_for(tmp_path: Path, slice_bytes: int, size: int) -> None:
+    """However little is read in a turn, a body is read in the order in which it came."""
+    image = noise(100 if slice_bytes == 1 else 700)
+    observed = {"module": "tests.faults.observed", "OBSERVED_SLICE_BYTES": str(slice_bytes)}
+    with serving(tmp_path / "log", OBSERVED_BATCH_MS="0", **observed) as server:
+        for _ in range(3):
+            assert statuses(send(server, [chunked(image, size) + get("/livez")])) == [200, 200]
+            assert one(server.url, post(image, "/classify?detour")).status == 200
 
 
 @pytest.mark.parametrize("size", [1000, 1 << 20])
