@@ -355,6 +355,15 @@ def test_waits_for_a_busy_server(
     slept.assert_awaited_once_with(wait_s)
 
 
+def test_waits_where_many_come_back(monkeypatch: pytest.MonkeyPatch, slept: AsyncMock) -> None:
+    """A server that stays busy is asked less and less often, but every four seconds at least."""
+    busy = httpx2.Response(429, headers={"Retry-After": "1"})
+    with pytest.raises(ServerError):
+        ask(monkeypatch, Mock(return_value=busy))
+    waits = [call.args[0] for call in slept.await_args_list]
+    assert waits == [1, 1, 2, 4, 4, 4, 4, 4, 4]
+
+
 def test_patience_ends(tmp_path: Path) -> None:
     """After its retries an image that found no place is a row with the reason."""
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")

@@ -1,0 +1,102 @@
+"""Forms as honest clients write them, and what makes one cost too much."""
+
+import base64
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app import documents
+from app.admission import Admission
+from app.errors import MalformedForm, QueueFull
+from app.forms import SLICE_BYTES, SPARE_PARTS, Form
+from app.latency import LatencyTable
+from app.settings import Settings
+
+TYPE = "multipart/form-data; boundary=b"
+
+
+def part(disposition: bytes, content: bytes = b"x") -> bytes:
+    """Return one part behind its boundary."""
+    head = b"--b\r\nContent-Disposition: form-data; " + disposition
+    return head + b"\r\n\r\n" + content + b"\r\n"
+
+
+def fed(body: bytes, images: int = 1, content_type: str = TYPE) -> Form:
+    """Return a form that has been read."""
+    form = Form(content_type, images)
+    form.feed(body + b"--b--\r\n")
+    return form
+
+
+@pytest.mark.parametrize("lead", [b"", b"\r\n"])
+def test_fields_beside_the_image(lead: bytes) -> None:
+    """An image may come with 64 other fields and a line break before all, but no more."""
+    image = part(b'name="file"', b"image")
+    field = part(b'name="note"')
+    assert fed(lead + field * SPARE_PARTS + image).image() == b"image"
+    with pytest.raises(MalformedForm, match="more parts"):
+        fed(lead + field * (SPARE_PARTS + 2) + image)
+
+
+def test_longest_names() -> None:
+    """A hundred images with names of 255 bytes, each sent twice as .NET does, are taken."""
+    name = "像" * 85
+    quoted = base64.b64encode(name.encode())
+    escaped = b"".join(b"%%%02X" % byte for byte in name.encode())
+    one = part(b"name=files; filename=\"=?utf-8?B?%b?=\"; filename*=utf-8''%b" % (quoted, escaped))
+    assert fed(one * 100, images=1024).images("files") == [b"x"] * 100
+
+
+@pytest.mark.parametrize("more", [b";a=b" * 33, b";" + b"a" * 4080])
+def test_parameters_are_few(more: bytes) -> None:
+    """A header of the form has a few parameters of some length, as a name with semicolons has."""
+    assert fed(part(b'name="file"; filename="a;b;c.jpg"')).image() == b"x"
+    with pytest.raises(MalformedForm, match="parameters"):
+        fed(part(b'name="file"' + more))
+    with pytest.raises(MalformedForm, match="parameters"):
+        fed(part(b'name="file"'), content_type=TYPE + more.decode())
+
+
+def test_what_is_joined_is_held_once() -> None:
+    """Once a part is whole its pieces are let go, though the form may take longer to end."""
+    form = Form(TYPE, 1)
+    form.feed(part(b'name="file"', bytes(2 * SLICE_BYTES)) + b"--b--")
+    assert form._fields._content.join() == b""
+    assert len(form.image()) == 2 * SLICE_BYTES
+
+
+@given(st.binary(max_size=60), st.text("AB=\n ", max_size=40), st.integers(1, 6))
+def test_base64_in_slices(data: bytes, noise: str, quads: int) -> None:
+    """Slice by slice, texts are what they are as a whole: an image, or no base64."""
+    for text in (base64.b64encode(data).decode(), base64.b64encode(data).decode() + noise, noise):
+        plain = text.replace("\n", "").replace(" ", "")
+        if len(plain) % 4:  # no base64 (RFC 4648, 4), though Python takes some of it
+            continue
+        try:
+            whole = base64.b64decode(plain, validate=True)
+        except ValueError:
+            whole = None
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(documents, "_BASE64_LETTERS", 4 * quads)
+            try:
+                found = documents.decode_base64(text)
+            except ValueError:
+                found = None
+        assert found == whole
+
+
+def test_a_free_decoder_is_used() -> None:
+    """However long the last pictures took, the next is taken while a decoder is free."""
+    settings = Settings(decode_threads=2)
+    latency = LatencyTable(settings.max_batch, settings.decode_threads)
+    latency.observe_batch(1, 0.001)
+    latency.observe_decode(5.0)
+    admission = Admission(settings, latency)
+    deadline = time.monotonic() + 60
+    for _ in range(2):
+        admission.enter()
+        admission.admit(1, deadline)
+    with pytest.raises(QueueFull, match="too long"):
+        admission.enter()
