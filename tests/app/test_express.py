@@ -29,6 +29,7 @@ FORM = (
     b"--b--\r\n"
 )
 FORM_TYPE = f"multipart/form-data; boundary={BOUNDARY}"
+LONG = {b"content-type": FORM_TYPE.encode()}
 
 
 @pytest.fixture
@@ -63,6 +64,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         (b"/classify?top_k=2&top_k=3", {}, False),
         (b"/classify/batch", {}, False),
         (b"/classify", {b"content-type": FORM_TYPE.encode()}, True),
+        (b"/classify", LONG | {b"content-length": b"1048576"}, True),
+        (b"/classify", LONG | {b"content-length": b"1048577"}, False),
+        (b"/classify", {b"content-length": b"1048577"}, True),
         (b"/classify", {b"content-type": b"application/json"}, False),
         (b"/classify", {b"origin": b"http://page"}, False),
         (b"/classify", {b"expect": b"100-continue"}, False),

@@ -15,7 +15,16 @@ from PIL import Image
 from app.turns import MAX_HELD_BYTES, Backlog, Turns
 from tests.fakes import encode, make_image
 from tests.faults.conftest import Figure, Start
-from tests.faults.load import dial, get, one, post
+from tests.faults.load import (
+    another_process,
+    closed_loop,
+    dial,
+    get,
+    one,
+    percentile,
+    post,
+    probe,
+)
 from tests.faults.test_pieces import send, statuses
 from tests.processes import Server, serving
 
@@ -65,6 +74,55 @@ def test_many_clients_send_chunks_of_one_byte(fake: Start, figure: Figure) -> No
                 thread.join()
     figure(f"{len(probes)} answers, the slowest after {max(probes) * 1000:.0f} ms")
     assert max(probes) < 1  # it was 12 s
+
+
+BOUNDARY = b"\r\n--" + b"b" * 60
+FORM_TYPE = "multipart/form-data; boundary=" + "b" * 60
+PART = b'\r\nContent-Disposition: form-data; name="x"\r\n\r\n'
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("/classify/batch", (BOUNDARY + b" " * 1000 + PART) * 1030),
+        ("/classify", (BOUNDARY[:-1] + b"-") * 300_000),
+    ],
+    ids=["blanks behind boundaries", "almost boundaries"],
+)
+def test_many_clients_send_slow_forms(
+    fake: Start, figure: Figure, path: str, content: bytes
+) -> None:
+    """Of ten clients whose forms are read byte by byte `/livez` notices little."""
+    form = BOUNDARY + PART + content + BOUNDARY + b"--\r\n"
+    request = post(form, path, Content_Type=FORM_TYPE)
+    with fake() as server, another_process() as elsewhere:
+        elsewhere.submit(get, "/livez").result()  # it has started
+        flood = elsewhere.submit(closed_loop, server.url, [request], 10, 4)
+        time.sleep(0.5)
+        probes = probe(server.url, get("/livez"), 0.001, 3)
+        refused = flood.result()
+    p90_s = percentile(probes, 0.9)
+    figure(
+        f"{len(probes)} answers beside {len(refused)} forms of {len(form) / 2**20:.0f} MiB, "
+        f"p90 {p90_s * 1000:.0f} ms"
+    )
+    assert {answer.status for answer in refused} == {400}
+    assert {b"has no field" in answer.body for answer in refused} == {True}  # they were read
+    assert p90_s < 0.2
+
+
+@pytest.mark.parametrize("side", [500, 700])
+def test_photo_in_a_form(fake: Start, side: int) -> None:
+    """An image in a form is the same image whether or not it is long enough for turns."""
+    image = noise(side)
+    head = BOUNDARY + b'\r\nContent-Disposition: form-data; name="file"\r\n\r\n'
+    form = head + image + BOUNDARY + b"--\r\n"
+    with fake() as server:
+        plain = one(server.url, post(image))
+        answer = one(server.url, post(form, Content_Type=FORM_TYPE))
+    assert (answer.status, answer.body) == (200, plain.body)
+    assert (len(form) > 2**20) is (side == 700)
 
 
 @pytest.mark.parametrize("size", [1, 16, 5000, 100_000])
