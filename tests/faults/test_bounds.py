@@ -159,6 +159,26 @@ def test_memory_at_the_limit_of_bodies(fake: Start, figure: Figure) -> None:
         assert max(peaks) < 64 * 1.5 + 16
 
 
+def test_memory_of_forms_not_yet_whole(fake: Start, figure: Figure) -> None:
+    """A form whose last byte is missing holds its content once."""
+    part = b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n'
+    form = part + bytes(20 * 2**20 - 100) + b"\r\n--b--\r\n"
+    request = post(form + b"\n", Content_Type="multipart/form-data; boundary=b")[:-1]
+    with fake() as server:
+        one(server.url, post(make_image()))
+        before = server.resident_mib()
+        held = [dial(server.url) for _ in range(12)]
+        for client in held:
+            client.sendall(request)
+        while observe(server.url)["body_bytes"] < 12 * len(form):
+            time.sleep(0.01)
+        growth = server.resident_mib() - before
+        for client in held:
+            client.close()
+    figure(f"memory grew by {growth:.0f} MiB for 12 forms of 20")
+    assert growth < 330
+
+
 _PART = b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n'
 
 
