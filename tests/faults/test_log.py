@@ -24,16 +24,19 @@ COMMAND = (sys.executable, "-m", "tests.faults.observed", "--drain-delay-s", "0"
 
 @contextmanager
 def logging_to(
-    descriptor: int | None, *arguments: str
+    descriptor: int | None, *arguments: str, closed: str = "2>&-"
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Serve with standard error in a descriptor, or closed; give process and URL at its answer."""
+    """Serve with standard error in a descriptor; give process and URL at its answer.
+
+    Without a descriptor standard error is closed, or what `closed` says in the shell's words.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = (*COMMAND, "--port", str(port), "--log-format", "json", *arguments)
     if descriptor is None:
-        command = ("sh", "-c", 'exec "$@" 2>&-', "sh", *command)
+        command = ("sh", "-c", f'exec "$@" {closed}', "sh", *command)
     environment = clean_environment(OBSERVED_BATCH_MS="0")
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=descriptor) as process:
         try:
@@ -105,9 +108,11 @@ def test_lines_of_requests_are_of_a_level(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == ""
 
 
-def test_standard_error_that_is_closed() -> None:
-    """Without standard error there is no log, and requests are served and forgotten as ever."""
-    with logging_to(None, "--log-format", "auto", "--grace-s", "30") as (process, url):
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_standard_error_that_is_closed(closed: str) -> None:
+    """Without standard streams there is no log, and requests are served and forgotten as ever."""
+    options = ("--log-format", "auto", "--grace-s", "30")
+    with logging_to(None, *options, closed=closed) as (process, url):
         assert one(url, post(make_image())).status == 200
         assert lost(url) >= 1
         process.send_signal(signal.SIGTERM)
