@@ -59,6 +59,14 @@ def test_form_and_raw_agree(client: TestClient) -> None:
     assert form.json() == raw.json() == octets.json() == untyped.json()
 
 
+@pytest.mark.parametrize(("fields", "status"), [(30, 200), (64, 200), (70, 400)])
+def test_fields_beside_the_image(client: TestClient, fields: int, status: int) -> None:
+    """A form may have 64 fields beside its image, but not 70."""
+    texts = {f"note {number}": "x" * 20 for number in range(fields)}
+    answer = client.post("/classify", files={"file": make_image()}, data=texts)
+    assert answer.status_code == status, answer.text
+
+
 def test_answer_shape(client: TestClient) -> None:
     """The answer names model and image, and its scores are softmax probabilities, best first."""
     answer = client.post("/classify", content=make_image(BLUE), headers=JPEG).json()

@@ -76,6 +76,16 @@ class TestBase64:
             answer = client.post(path, content=text, headers=headers)
             assert word_here in problem(answer, status)["detail"]
 
+    def test_in_slices(self, client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A text that is decoded in slices is an image as ever, and has padding at its end only."""
+        raw = client.post("/classify", content=GREEN).json()
+        monkeypatch.setattr("app.documents._BASE64_LETTERS", 8)
+        for text in (TEXT, base64.encodebytes(GREEN).decode()):
+            assert client.post("/classify", json={"image": text}).json() == raw
+        for inside in ("aGVsbG8=", "aA=="):  # at the end of a slice, and before
+            answer = client.post("/classify", json={"image": inside + TEXT})
+            assert "not base64" in problem(answer, 422)["detail"]
+
     @pytest.mark.parametrize("path", ["/classify", "/", "/v2/models/fake/infer"])
     def test_behind_another_document(self, client: TestClient, path: str) -> None:
         """A document that has to wait for others' is answered by its deadline."""
