@@ -329,7 +329,11 @@ def ask(
 
 @pytest.mark.parametrize(
     "failure",
-    [{"side_effect": httpx2.ConnectError("gone")}, {"return_value": httpx2.Response(502)}],
+    [
+        {"side_effect": httpx2.ConnectError("gone")},
+        {"return_value": httpx2.Response(502)},
+        {"return_value": httpx2.Response(503)},
+    ],
 )
 def test_waits_for_a_server_to_start(
     monkeypatch: pytest.MonkeyPatch, slept: AsyncMock, failure: dict[str, object]
