@@ -30,7 +30,7 @@ MAX_MEMBERS = 100_000
 # While a document is read its text is there up to three times over: one document at a time.
 _READER = ThreadPoolExecutor(1, "mixer-document")
 _LINE_BREAKS_AND_SPACES = b" \t\r\n\f\v"
-# Decoded at once: a call holds the GIL, and an image of 15 MB would the event loop for 60 ms.
+# Decoded at once. A call holds the GIL: one for an image of 15 MB would hold it for 60 ms.
 _BASE64_LETTERS = 1 << 20  # a multiple of four
 
 

@@ -32,8 +32,8 @@ _MAX_PARAMETERS = 32
 _MAX_HEADER_BYTES = 4 * 1024
 
 # Pieces that are smaller are put together as they come: each has an overhead of its own. And so are
-# those of a long body, in blocks that the C library maps: by the hundred they would leave its heap
-# in shreds. A photo of the usual size is not copied.
+# those of a long body, in blocks: by the hundred they would leave the C library's heap in shreds. A
+# photo of the usual size is not copied.
 _BLOCK_BYTES = 1 << 20
 _SMALL_BYTES = 16 * 1024
 

@@ -128,10 +128,10 @@ class RemoteClassifier:
                 raise ServerError("the server wants an API key: give --api-key-file")
             if last or answer.status_code not in BUSY:
                 raise ImageError(_detail(answer))
-            asked_s = _retry_after_s(answer)
             # Among many who come back after the second that they were told, some would lose always.
-            busy_s = max(asked_s, min(wait_s, LONGEST_BUSY_WAIT_S))
-            await asyncio.sleep(busy_s if asked_s else wait_s)
+            asked_s = _retry_after_s(answer)
+            longest_s = LONGEST_BUSY_WAIT_S if asked_s else LONGEST_WAIT_S
+            await asyncio.sleep(max(asked_s, min(wait_s, longest_s)))
         raise AssertionError("the last attempt returns or raises")
 
 

@@ -426,3 +426,20 @@ def _wait_for_the_end_of(pids: list[int]) -> None:
     while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < give_up, f"still there: {left}"
         time.sleep(0.01)
+
+
+def test_service_that_is_gone_again() -> None:
+    """A decoder whose service ends while it begins says nothing: there is nobody to blame."""
+    control, theirs = socket.socketpair()
+    ours, link = socket.socketpair()
+    with control, theirs, link:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "app.decoder", str(theirs.fileno())],
+            stderr=subprocess.PIPE,
+            pass_fds=[theirs.fileno()],
+        )
+        ours.close()
+        socket.send_fds(control, [b"1"], [link.fileno()])
+        control.shutdown(socket.SHUT_WR)
+        _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (0, b"")

@@ -148,6 +148,14 @@ def test_what_comes_while_a_turn_is_waited_for(tmp_path: Path, slice_bytes: int,
             assert one(server.url, post(image, "/classify?detour")).status == 200
 
 
+def test_what_follows_garbage_is_thrown_away(fake: Start) -> None:
+    """Who sends on behind what cannot be read gets the answers due, and no reset before them."""
+    junk = b"\r\n\r\nGARBAGE" * 300_000
+    with fake(batch_ms=300) as server:
+        for _ in range(3):
+            assert statuses(send(server, [chunked(noise(), 1) + junk])) == [200]
+
+
 @pytest.mark.parametrize("size", [1000, 1 << 20])
 def test_one_byte_over_the_limit_is_kept(fake: Start, size: int) -> None:
     """Of a chunked body one byte more than the limit is taken, however large its chunks."""
