@@ -7,14 +7,12 @@ served right here, with the same parts and the same answers; any other takes the
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import ClassVar, TypeVarTuple
 
 from pydantic_core import to_json
-from starlette.datastructures import Headers
 
 from app.access import CLIENT_GONE, FAULT, answer, report
 from app.admission import BodyBudget
@@ -22,75 +20,18 @@ from app.clock import Clock
 from app.entry import Entry
 from app.errors import PROBLEM_JSON, BodyTooLarge, DeadlineExceeded, NotReady, Problem
 from app.forms import Form, RawBody
-from app.refusal import ANSWERED, Answered, refuse
 from app.routes.classify import checked_top_k, classification
 from app.service import Service
 from app.trace import new_trace
-from app.uploads import (
-    FORM,
-    JSON,
-    LATE_BODY,
-    TIMEOUT_HEADER,
-    deadline_after,
-    image_reader,
-    is_longer,
-)
+from app.uploads import LATE_BODY, TIMEOUT_HEADER, deadline_after, image_reader, is_longer
 
 logger = logging.getLogger(__name__)
 
 Values = TypeVarTuple("Values")
 
 PATH = "/classify"
-# A number that needs no checking but against the model's classes.
-_TARGET = re.compile(rb"/classify(?:\?top_k=([1-9][0-9]{0,5}))?")
-_JSON = JSON.encode("ascii")
-_FORM = FORM.encode("ascii")
-# A longer form would be parsed as fast as it comes, 32 reads in a row: that way makes it wait, too.
-_LONGEST_FORM_BYTES = 1 << 20
 _NO_BODY = RawBody()  # stands where none is being collected
-# Each changes how a request is read or answered, by rules that the framework's way knows. In
-# chunks a body may come as a million pieces: that way makes the client wait for them.
-_UNUSUAL = frozenset({b"content-encoding", b"expect", b"origin", b"transfer-encoding", b"upgrade"})
 _TIMEOUT = TIMEOUT_HEADER.encode("ascii")
-
-
-def express(
-    service: Service,
-    target: bytes,
-    fields: dict[bytes, bytes],
-    default_headers: list[tuple[bytes, bytes]],
-    write: Callable[[bytes], None],
-    clock: Clock,
-    *,
-    keep_alive: bool = True,
-) -> "Express | Answered | None":
-    """Return what serves a `POST` to `target`, or None if there is anything unusual about it.
-
-    `fields` are its headers, names in lower case; `default_headers` go with the answer, whose bytes
-    are given to `write`. A request that the door refuses has its answer at once. `clock` keeps the
-    deadline; `keep_alive` says whether the connection stays open afterwards.
-    """
-    found = _TARGET.fullmatch(target)
-    if found is None or not _UNUSUAL.isdisjoint(fields):
-        return None
-    if service.keys is not None and not service.keys.allow(Headers(raw=list(fields.items()))):
-        return None
-    if not service.classifier.is_ready:
-        return None
-    if keep_alive and service.spans is None and not service.draining:
-        refusal = service.admission.refusal()
-        if refusal is not None:
-            write(refuse(service, refusal, PATH, fields, default_headers))
-            return ANSWERED
-    media_type = fields.get(b"content-type", b"").lower()
-    if media_type.startswith(_JSON):
-        return None
-    if media_type.startswith(_FORM):
-        declared = fields.get(b"content-length", b"").decode("latin-1")
-        if is_longer(declared, _LONGEST_FORM_BYTES):
-            return None
-    top_k = None if found[1] is None else int(found[1])
-    return Express(service, fields, top_k, default_headers, write, clock, keep_alive)
 
 
 class Express:

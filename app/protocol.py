@@ -20,7 +20,7 @@ from app.access import answer, report
 from app.clock import Clock
 from app.door import OPEN_PATHS
 from app.errors import PROBLEM_JSON, BodyTimeout, kind_of, problem_json
-from app.express import Express, express
+from app.express import Express
 from app.farewell import Farewell, has_hung_up
 from app.head import read_head
 from app.metrics import UNPARSED
@@ -29,6 +29,7 @@ from app.service import Service
 from app.settings import Settings
 from app.trace import new_trace
 from app.turns import TURN_S, Backlog
+from app.usual import express
 
 # What a request may hold besides its body: nginx's and most balancers' own limit for headers.
 MAX_HEADER_BYTES = 64 * 1024
@@ -49,7 +50,7 @@ WATCH_S = 0.1
 # an orchestrator nor Prometheus shall take a full replica for a dead one.
 MAX_PROBES = 16
 PROBE_TIMEOUT_S = 1.0
-FULL = (503, "Too many connections", "This replica has no room for another connection.")
+FULL = (503, "Too many connections", "This replica has no connection to spare.")
 # Beyond those, so many connections may read their refusal in peace; those of a flood are closed.
 MAX_FAREWELLS = 64
 # When the listener has closed, time for the first request of a connection opened just before.
@@ -234,13 +235,14 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._backlog.add(data):
             self.transport.pause_reading()
         else:
-            self._refuse(*FULL)
+            self._refuse(503, "Too many connections", "Too many bytes wait to be read here.")
 
     def _read_on(self, data: bytes) -> None:
+        # First of all: what closes the connection, or goes deaf, must not leave it paused.
+        if not self.flow.read_paused:
+            self.transport.resume_reading()
         if not (self._deaf or self.transport.is_closing()):
             self._read(data)
-            if not self._backlog and not self.flow.read_paused:
-                self.transport.resume_reading()
 
     def _read(self, data: bytes) -> None:
         """Parse what came, or as much of it as a turn allows."""

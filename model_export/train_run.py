@@ -1,11 +1,8 @@
 """One training run from data to a folder that can be served: started, stopped, gone on with."""
 
-import signal
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +17,7 @@ from model_export.decoded import Pictures, Skipped
 from model_export.errors import ExportError
 from model_export.recipe import Recipe
 from model_export.run_folder import RunFolder
+from model_export.signals import signals_collected
 from model_export.trainer import Trainer
 from model_export.update import multiplies_bfloat16
 
@@ -109,7 +107,7 @@ def _loop(
         folder.write_metrics(trainer.history)
         folder.save_state({**facts, "trainer": trainer.state()})  # last: what it needs is there
 
-    with _signals() as caught, _bar(trainer) as bar:
+    with signals_collected() as caught, _bar(trainer) as bar:
         if trainer.step == 0:
             save()  # whatever ends the first epoch early, --resume goes on
         while trainer.step < trainer.steps:
@@ -244,23 +242,3 @@ def _bar(trainer: Trainer) -> "tqdm[Any]":
         leave=False,
         disable=None,
     )
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, so that the step is finished; a second one ends at once."""
-    caught: list[int] = []
-    wanted = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in wanted}
-
-    def note(number: int, _: object) -> None:
-        caught.append(number)
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in wanted:
-        signal.signal(number, note)
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

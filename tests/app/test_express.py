@@ -13,9 +13,9 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from app.clock import Clock
-from app.express import express
 from app.main import create_app
 from app.settings import Settings
+from app.usual import express
 from tests.fakes import FakeEngine, make_image
 from tests.faults.load import dial, get, post, read_answer
 from tests.processes import Server, serving

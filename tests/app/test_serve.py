@@ -1,12 +1,14 @@
 """The command `mixer-serve`: a real process, its start-up errors and its answers."""
 
 import importlib
+import logging
 import os
 import resource
 import signal
 import socket
 import subprocess
 import sys
+from contextvars import Context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +19,12 @@ from PIL import Image
 
 from app import start
 from app.cpus import available_cpus
+from app.draining import DrainingServer
 from app.errors import StartupError
+from app.logs import JsonFormatter
 from app.serve import _allow_descriptors
 from app.settings import EMBEDDED_MODEL, Settings, read_settings
+from app.trace import begin
 from tests.fakes import encode, make_image
 from tests.processes import ROOT, clean_environment, run_serve, serving
 
@@ -311,3 +316,30 @@ def test_cpus_without_affinity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(sys, "platform", "darwin")
     assert available_cpus(tmp_path) == os.cpu_count()
+
+
+def test_draining_is_no_requests_matter() -> None:
+    """The line that tells of a signal names no request, whichever it came upon."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(JsonFormatter().format(record))  # type: ignore[method-assign] # a list will do
+    app = SimpleNamespace(state=SimpleNamespace(service=SimpleNamespace(draining=False)))
+    server = DrainingServer(app, Settings())  # type: ignore[arg-type] # all of it that is looked at
+    server.started = True
+    logger = logging.getLogger("app.draining")
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+
+    def stop() -> None:
+        begin("mine", "")
+        logger.info("of this request")
+        server.handle_exit(signal.SIGTERM, None)
+
+    try:
+        Context().run(stop)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert app.state.service.draining
+    assert ["mine" in line for line in lines] == [True, False]

@@ -16,7 +16,7 @@ import numpy as np
 from fastapi import FastAPI
 from numpy.typing import NDArray
 
-from app import decoders, images, main, protocol, serve
+from app import decoders, draining, images, main, protocol, serve
 from app.decoder import MAX_CPU_S
 from app.engine import Engine, OnnxEngine
 from app.nursery import nursery
@@ -124,7 +124,7 @@ def create_observed_app(settings: Settings, engine: ObservedEngine) -> FastAPI:
 if __name__ == "__main__":
     serve.OnnxEngine = ObservedEngine  # type: ignore[attr-defined,assignment] # the same face
     serve.create_app = create_observed_app  # type: ignore[attr-defined,assignment] # likewise
-    serve.KEEP_ALIVE_S = int(os.environ.get("OBSERVED_KEEP_ALIVE_S", serve.KEEP_ALIVE_S))
+    draining.KEEP_ALIVE_S = int(os.environ.get("OBSERVED_KEEP_ALIVE_S", draining.KEEP_ALIVE_S))
     if slice_bytes := os.environ.get("OBSERVED_SLICE_BYTES"):
         protocol.SLICE_BYTES = int(slice_bytes)
         vars(protocol)["TURN_S"] = -1.0
