@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from app.cpus import give_way
+from app.cpus import INFERENCE_NICE, give_way
 from app.engine import Engine
 from app.entry import Entry
 from app.errors import InferenceFailed
@@ -115,7 +115,7 @@ class Batcher:
             thread.join()
 
     def _serve(self) -> None:
-        give_way()
+        give_way(INFERENCE_NICE)
         while (taken := self._take()) is not None:
             batch, number = taken
             if batch.infer(number, self._engine):

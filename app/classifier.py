@@ -21,7 +21,7 @@ from app.batcher import (
     PROBE_PERIOD_S,
     Batcher,
 )
-from app.cpus import give_way
+from app.cpus import DECODING_NICE, give_way
 from app.decoder import Task
 from app.decoders import Decoders
 from app.engine import Engine
@@ -184,7 +184,7 @@ class Classifier:
 
     def _serve(self) -> None:
         """Do what comes until the mark of the end does."""
-        give_way()
+        give_way(DECODING_NICE)
         while (work := self._next()) is not None:
             try:
                 work()

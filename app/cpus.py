@@ -7,7 +7,11 @@ import sys
 import threading
 from pathlib import Path
 
-_NICE = 10  # a tenth of an ordinary thread's share, while there are not cores enough for all
+# While there are not cores enough for all, a decoder has a tenth of an ordinary thread's share, and
+# a thread that infers two thirds of a decoder's: pictures then come faster than they are inferred,
+# and batches fill up.
+DECODING_NICE = 10
+INFERENCE_NICE = 12
 
 
 def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -31,8 +35,8 @@ def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return max(1, min(cpus, math.ceil(int(quota) / int(period))))
 
 
-def give_way() -> None:
-    """Let all other threads of the process go before the calling one and those it starts.
+def give_way(nice: int) -> None:
+    """Let the process's other threads go before the calling one and those it starts.
 
     Decoding and inference can fill every core. The event loop needs little, but needs it at once: a
     refusal or a probe that waits its turn among them is late by all of their time slices.
@@ -40,4 +44,4 @@ def give_way() -> None:
     if sys.platform == "linux":  # where a thread has a priority of its own
         # A sandbox may forbid it; then all are alike.
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)

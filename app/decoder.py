@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 from pydantic import BaseModel
 
-from app.cpus import give_way
+from app.cpus import DECODING_NICE, give_way
 from app.errors import Problem
 from app.images import FORMATS, decode
 from app.model_card import Preprocessing
@@ -72,7 +72,7 @@ def main() -> None:
         link = socket.socket(fileno=sockets[0])
         if os.fork() == 0:
             control.close()
-            give_way()
+            give_way(DECODING_NICE)
             with suppress(OSError):  # the service is gone
                 send(link, str(os.getpid()).encode())
                 serve(link)

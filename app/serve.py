@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from app import tune
-from app.cpus import give_way
+from app.cpus import INFERENCE_NICE, give_way
 from app.cuda import GpuOptions
 from app.decoders import check_decoders
 from app.draining import DrainingServer
@@ -86,7 +86,7 @@ def _map_large_blocks() -> None:
 
 def _open(settings: Settings) -> OnnxEngine:
     """Open the model in a thread that gives way: those which ONNX Runtime starts there do, too."""
-    with ThreadPoolExecutor(1, initializer=give_way) as opener:
+    with ThreadPoolExecutor(1, initializer=give_way, initargs=(INFERENCE_NICE,)) as opener:
         return opener.submit(
             OnnxEngine,
             settings.model,

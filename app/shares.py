@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from app.cpus import give_way
+from app.cpus import INFERENCE_NICE, give_way
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -47,7 +47,9 @@ class Shares:
         self._session = session
         self._wide = wide
         self._images = max(1, _TOKENS // tokens)  # of one inference
-        self._others = ThreadPoolExecutor(max(1, threads - 1), "mixer-share", initializer=give_way)
+        self._others = ThreadPoolExecutor(
+            max(1, threads - 1), "mixer-share", initializer=give_way, initargs=(INFERENCE_NICE,)
+        )
 
     def cut(self, images: int) -> list[Share]:
         """Return the shares of a batch: as many for each thread, what is left by all together."""

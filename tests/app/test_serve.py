@@ -318,6 +318,25 @@ def test_cpus_without_affinity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert available_cpus(tmp_path) == os.cpu_count()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities on Linux only")
+def test_who_goes_first(tmp_path: Path) -> None:
+    """The event loop goes before decoders, and those before the threads that infer."""
+    flags = ("--device", "cpu", "--threads", "3", "--decode-threads", "2")
+    with serving(tmp_path / "log", *flags) as server:
+        own, nursery, *decoders = [nice_values(pid) for pid in server.pids()]
+        loop = nice_values(server.process.pid, str(server.process.pid))
+    assert loop == nursery == [os.getpriority(os.PRIO_PROCESS, 0)]
+    assert decoders == [[10], [10]]
+    assert own.count(10) == 2  # those that hand uploads to the decoders
+    assert own.count(12) == 3 + 2  # of the batches, and beside the caller as the model is checked
+
+
+def nice_values(pid: int, thread: str = "*") -> list[int]:
+    """Return the nice values of a process's threads (proc(5), field 19 of stat)."""
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob(f"{thread}/stat")]
+    return [int(stat.rpartition(")")[2].split()[16]) for stat in stats]
+
+
 def test_draining_is_no_requests_matter() -> None:
     """The line that tells of a signal names no request, whichever it came upon."""
     lines: list[str] = []
