@@ -158,6 +158,8 @@ def _sample(
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Return any mode as RGB; whatever is transparent shows white."""
+    if isinstance(image.info.get("transparency"), str):  # a PNG's text that happens to be named so
+        del image.info["transparency"]
     if image.mode.startswith("I"):
         return _eight_bit(image).convert("RGB")
     if image.has_transparency_data:
@@ -173,7 +175,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     """Scale 16-bit grey to 8 bits; Pillow's own conversion would clip all above 255 to white."""
     table = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # rounded: 65535 is 255 · 257
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int):  # a text may have that name, too
+    if transparent is not None:
         table[transparent] = 255
     grey = np.asarray(image)  # [H, W]
     scaled = np.empty(grey.shape, np.uint8)

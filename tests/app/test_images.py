@@ -195,11 +195,18 @@ class TestModes:
 
     def test_a_text_of_that_name(self) -> None:
         """A PNG's text that is named as Pillow names the transparent value says nothing of it."""
-        ramp = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+        ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
         texts = PngInfo()
         texts.add_text("transparency", "5")
-        found = pixels(encode(Image.fromarray(ramp), pnginfo=texts), 16)
-        assert (found == ramp[:, :, None] // 257).all()
+        grey = Image.fromarray(ramp)
+        for image in (
+            grey,
+            grey.convert("RGB"),
+            grey.convert("P"),
+            Image.fromarray(ramp * np.uint16(257)),
+        ):
+            found = pixels(encode(image, pnginfo=texts), 16)
+            assert (found == ramp[:, :, None]).all(), image.mode
 
     def test_one_bit(self) -> None:
         """1-bit images are black and white, not black and nearly black."""
