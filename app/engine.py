@@ -71,8 +71,8 @@ class OnnxEngine:
         gpu: GpuOptions = PLAIN_GPU,
         bucketed: bool = False,
     ) -> None:
-        if not _is_file(path):
-            raise StartupError(f"MIXER_MODEL={path}: no such file; give one from mixer-export")
+        if what := _instead_of_file(path):
+            raise StartupError(f"MIXER_MODEL={path}: {what}; give a file from mixer-export")
         self._session, self.provider, remark = _open(path, device, threads, max_batch, gpu)
         try:
             self.card, self._golden = read_metadata(
@@ -164,11 +164,14 @@ def _open(
     return _open_on_cpu(path, threads), CPU, remark
 
 
-def _is_file(path: Path) -> bool:
+def _instead_of_file(path: Path) -> str:
+    """Return what there is if it is no file, else nothing."""
     try:
-        return path.is_file()
+        if path.is_file():
+            return ""
+        return "a folder" if path.is_dir() else "no such file"
     except (OSError, ValueError):  # too long a name, or one that cannot be
-        return False
+        return "no such file"
 
 
 def _open_on_cpu(path: Path, threads: int) -> "onnxruntime.InferenceSession":

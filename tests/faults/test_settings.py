@@ -38,6 +38,7 @@ BAD = [
     ("LOG_LEVEL", "loud", "one of debug, info, warning, error"),
     ("MAX_BATCHES", "8", "no such setting"),
     ("MODEL", "/nowhere/model.onnx", "no such file"),
+    ("MODEL", "/", "a folder"),
     ("MODEL", "", "a path"),
     ("API_KEYS_FILE", "", "a path"),
     ("API_KEYS_FILE", "/nowhere/keys", "No such file"),
