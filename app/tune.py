@@ -21,12 +21,17 @@ from app.cuda import GpuOptions
 from app.curve import Point, draw, table
 from app.engine import CPU, Device, Engine, OnnxEngine
 from app.errors import StartupError
+from app.settings import Settings
 
 # Each point: at least so many runs and so long, for a median that a hiccup does not move.
 MIN_RUNS = 5
 MIN_SECONDS = 0.5
 # Larger batches and more threads that gain less than this are not worth their latency and cores.
 WORTH = 0.05
+# Each batch costs the service some time besides the engine's: the embedded model's throughput with
+# batches of 4 is a tenth below that with 16, though the engine is as fast. So none smaller than the
+# default is recommended for its size alone: no batch waits for images that would fill it.
+USUAL_BATCH: int = Settings.model_fields["max_batch"].default
 BAR_CELLS = 24
 
 
@@ -54,9 +59,18 @@ def main(arguments: Sequence[str]) -> int:
         _print(table(points, best), *lines, f"written to {options.output}")
         if 2 * best.latency_ms > options.latency_ms:
             _print(f"nothing fits in {options.latency_ms:g} ms: this is the fastest single image")
+        elif best.images_per_s < max(point.images_per_s for point in points):
+            _print(
+                f"what is faster gains less than {WORTH:.0%}, "
+                f"or a batch and the one before it take over {options.latency_ms:g} ms"
+            )
         _print(draw(points, best, curve))
-    except (StartupError, OSError) as error:
+    except StartupError as error:
         sys.stderr.write(f"mixer-serve: {error}\n")
+        return 1
+    except OSError as error:
+        name = error.filename or options.output
+        sys.stderr.write(f"mixer-serve: --output {name}: {error.strerror}; name another file\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("\nmixer-serve: stopped\n")
@@ -92,15 +106,15 @@ def recommend(points: Sequence[Point], latency_ms: float) -> Point:
     """Return the point to serve with: the most images per second within the latency.
 
     An image that comes while a batch runs waits for it first, so two batches must fit. Among points
-    within `WORTH` of the best the one of fewest threads, then of the smallest batch. Where not even
-    one image fits, the fastest single image.
+    within `WORTH` of the best the one of fewest threads, then of the batch nearest to the default.
+    Where not even one image fits, the fastest single image.
     """
     fitting = [point for point in points if 2 * point.latency_ms <= latency_ms]
     if not fitting:
         return min(points, key=lambda point: (point.batch, point.latency_ms))
     most = max(point.images_per_s for point in fitting)
     worthy = [point for point in fitting if point.images_per_s >= (1 - WORTH) * most]
-    return min(worthy, key=lambda point: (point.threads, point.batch))
+    return min(worthy, key=lambda point: (point.threads, abs(point.batch - USUAL_BATCH)))
 
 
 def _latency_ms(engine: Engine, batch: int) -> float:
