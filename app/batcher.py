@@ -26,14 +26,11 @@ from app.entry import Entry
 from app.errors import InferenceFailed
 from app.latency import LatencyTable
 from app.metrics import Metrics
+from app.pulse import FAILURES_UNTIL_NOT_READY, Pulse
 from app.shares import Share
 
 logger = logging.getLogger(__name__)
 
-# A batch that fails may have been unlucky; three in a row mean a broken engine (a poisoned CUDA
-# context fails every call), and three probes later it has not recovered by itself.
-FAILURES_UNTIL_NOT_READY = 3
-FAILURES_UNTIL_NOT_LIVE = 6
 PROBE_PERIOD_S = 1.0
 # A request that comes while spare work runs waits for it: no longer than a person could notice.
 SPARE_BATCH_S = 0.02
@@ -86,7 +83,7 @@ class Batcher:
     def __init__(
         self, engine: Engine, max_batch: int, latency: LatencyTable, metrics: Metrics
     ) -> None:
-        self.failures = 0  # of the engine, in a row
+        self.pulse = Pulse()
         self._engine = engine
         self._max_batch = max_batch
         self._latency = latency
@@ -118,7 +115,9 @@ class Batcher:
         give_way(INFERENCE_NICE)
         while (taken := self._take()) is not None:
             batch, number = taken
-            if batch.infer(number, self._engine):
+            with self.pulse.inferring():
+                is_last = batch.infer(number, self._engine)
+            if is_last:
                 self._finish(batch)
 
     def _take(self) -> tuple[Batch, int] | None:
@@ -164,7 +163,7 @@ class Batcher:
                 ids = ", ".join(entry.request_id for entry in batch.entries)
                 size = len(batch.entries)
                 logger.exception("a batch of %d failed, of the requests %s", size, ids)
-                self.failures += 1
+                self.pulse.fail()
         if is_useless:  # the images' doing or the engine's? One client's must not end the service
             self._probe()
         self._loop.call_soon_threadsafe(_settle, batch.entries, logits)
@@ -173,7 +172,7 @@ class Batcher:
         """Take in the time of an inference, and whether it was of any use."""
         self._latency.observe_batch(len(logits), seconds)
         if np.isfinite(logits).any():
-            self.failures = 0
+            self.pulse.recover()
         return logits
 
     def _gather(self) -> list[Entry] | None:
@@ -206,7 +205,7 @@ class Batcher:
             try:  # not without end: a batch that another thread has may be the one failure too many
                 return self._queue.get(timeout=PROBE_PERIOD_S)
             except queue.Empty:
-                if self.failures >= FAILURES_UNTIL_NOT_READY:
+                if self.pulse.failures >= FAILURES_UNTIL_NOT_READY:
                     self._probe()
 
     def _probe(self) -> None:
@@ -215,7 +214,8 @@ class Batcher:
         patches = np.zeros((1, preprocessing.tokens, preprocessing.patch_bytes), np.uint8)
         start = time.perf_counter()
         try:
-            logits = _infer(self._engine, patches, Share(1))
+            with self.pulse.inferring():
+                logits = _infer(self._engine, patches, Share(1))
             if not np.isfinite(logits).any():
                 raise RuntimeError("the logits are not finite")
             with self._books:
@@ -223,7 +223,7 @@ class Batcher:
         except Exception:
             logger.exception("the engine failed on a probe")
             with self._books:
-                self.failures += 1
+                self.pulse.fail()
 
 
 def _infer(engine: Engine, patches: NDArray[np.uint8], share: Share) -> NDArray[np.float32]:

@@ -15,12 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.admission import Admission
-from app.batcher import (
-    FAILURES_UNTIL_NOT_LIVE,
-    FAILURES_UNTIL_NOT_READY,
-    PROBE_PERIOD_S,
-    Batcher,
-)
+from app.batcher import PROBE_PERIOD_S, Batcher
 from app.cpus import DECODING_NICE, give_way
 from app.decoder import Task
 from app.decoders import Decoders
@@ -30,6 +25,7 @@ from app.errors import DeadlineExceeded, Problem
 from app.images import Picture
 from app.latency import LatencyTable
 from app.metrics import Metrics
+from app.pulse import FAILURES_UNTIL_NOT_LIVE, FAILURES_UNTIL_NOT_READY
 from app.settings import Settings
 from app.trace import Trace, current
 
@@ -92,7 +88,7 @@ class Classifier:
 
     @property
     def _failures(self) -> int:
-        return max(self._batcher.failures, self._decoders.failures)
+        return max(self._batcher.pulse.failures, self._decoders.failures)
 
     async def classify(
         self, uploads: Sequence[bytes], deadline: float

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from starlette.testclient import TestClient
 
-from app.batcher import FAILURES_UNTIL_NOT_READY, Batch, Batcher, _settle
+from app.batcher import Batch, Batcher, _settle
 from app.engine import OnnxEngine
 from app.entry import Entry
 from app.errors import InferenceFailed
 from app.images import Picture
 from app.latency import LatencyTable
 from app.metrics import Metrics
+from app.pulse import FAILURES_UNTIL_NOT_READY
 from app.settings import EMBEDDED_MODEL
 from app.shares import Share
 from tests.conftest import Serve
@@ -62,11 +64,52 @@ def test_probes_with_several_threads(serve: Serve, monkeypatch: pytest.MonkeyPat
         assert client.post("/classify", content=make_image()).status_code == 500
     assert client.post("/classify", content=make_image()).status_code == 503
     engine.fault = None
-    give_up = time.monotonic() + 10
-    while client.get("/readyz").status_code != 200:
-        assert time.monotonic() < give_up, "nobody has probed the engine"
-        time.sleep(0.01)
+    wait_for(client, "/readyz", 200)
     assert client.post("/classify", content=make_image()).status_code == 200
+
+
+def test_engine_that_hangs(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An inference without end fails readiness, then liveness, until it does end."""
+    monkeypatch.setattr("app.pulse.NOT_READY_AFTER_S", 0.3)
+    monkeypatch.setattr("app.pulse.NOT_LIVE_AFTER_S", 0.6)
+    engine = HungEngine()
+    client = serve(engine, request_timeout_ms=100)
+    try:
+        asked = time.monotonic()
+        assert client.post("/classify", content=make_image()).status_code == 504
+        assert client.get("/readyz").status_code == 200
+        wait_for(client, "/readyz", 503)
+        assert time.monotonic() - asked > 0.3
+        assert client.get("/livez").status_code == 200
+        wait_for(client, "/livez", 503)
+        assert time.monotonic() - asked > 0.6
+        assert client.get("/readyz").status_code == 503
+    finally:
+        engine.end.set()
+    wait_for(client, "/livez", 200)
+    assert client.get("/readyz").status_code == 200
+    assert client.post("/classify", content=make_image()).status_code == 200
+
+
+class HungEngine(FakeEngine):
+    """Infers nothing until `end` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.end = threading.Event()
+
+    def infer(self, patches: NDArray[np.uint8], share: Share) -> NDArray[np.float32]:
+        """Return the logits, in the end."""
+        assert self.end.wait(20)
+        return super().infer(patches, share)
+
+
+def wait_for(client: TestClient, path: str, status: int) -> None:
+    """Wait until `path` is answered with `status`."""
+    give_up = time.monotonic() + 10
+    while client.get(path).status_code != status:
+        assert time.monotonic() < give_up, f"{path} is never {status}"
+        time.sleep(0.01)
 
 
 def test_image_that_has_no_logits(serve: Serve) -> None:
@@ -157,7 +200,7 @@ def test_bad_images_are_not_a_bad_engine(entries: list[Entry]) -> None:
     engine = HeldBatches(threads=1)
     batcher = asyncio.run(engine.close_over(entries, max_batch=2))
     assert engine.batches == [1, 2, 2, 2]
-    assert batcher.failures == 0
+    assert batcher.pulse.failures == 0
 
 
 @pytest.mark.parametrize("max_batch", [1, 2, 16])
