@@ -6,10 +6,12 @@ needs is looked for first, and the fallback is forbidden.
 
 import contextlib
 import ctypes
+import hashlib
 import io
 import math
 import mmap
 import os
+import re
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,14 +65,13 @@ def open_session(
         providers = [(CUDA, cuda_options(gpu))]
         if gpu.tensorrt:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-            providers.insert(0, (TENSORRT, tensorrt_options(gpu, _input_shape(path), max_batch)))
+            providers.insert(0, (TENSORRT, tensorrt_options(gpu, path, max_batch)))
         # Without the last word Python would try again with other providers, and print so.
         session = onnxruntime.InferenceSession(
             path, options, providers=providers, enable_fallback=0
         )
     except Exception as error:  # onnxruntime raises a class of its own for each status
-        reason = str(error).strip().partition("\n")[0]
-        raise GpuMissing(f"it cannot run {path} there ({reason})") from error
+        raise GpuMissing(f"it cannot run {path} there ({_reason(error)})") from error
     if session.get_providers()[0] != wanted:
         raise GpuMissing(f"onnxruntime fell back to {session.get_providers()[0]}")
     if gpu.tensorrt and (left := nodes_elsewhere(session, wanted)):
@@ -110,12 +111,13 @@ def cuda_options(gpu: GpuOptions) -> dict[str, str]:
     return options
 
 
-def tensorrt_options(gpu: GpuOptions, shape: tuple[int, int], max_batch: int) -> dict[str, str]:
-    """Return TensorRT's options for patches of `shape` [tokens, P·P·3], in ONNX Runtime's words.
+def tensorrt_options(gpu: GpuOptions, path: Path, max_batch: int) -> dict[str, str]:
+    """Return TensorRT's options for the model at `path`, in ONNX Runtime's words.
 
     The profile covers every batch size, or TensorRT would build its engine anew for each.
     """
-    tail = f"x{shape[0]}x{shape[1]}"
+    tokens, patch_bytes = _input_shape(path)
+    tail = f"x{tokens}x{patch_bytes}"
     options = {
         "trt_profile_min_shapes": f"patches:1{tail}",
         "trt_profile_opt_shapes": f"patches:{max_batch}{tail}",
@@ -124,10 +126,15 @@ def tensorrt_options(gpu: GpuOptions, shape: tuple[int, int], max_batch: int) ->
     if gpu.memory_mib:
         options["trt_max_workspace_size"] = str(gpu.memory_mib * 2**20)
     if gpu.tensorrt_cache is not None:
+        with path.open("rb") as model:
+            digest = hashlib.file_digest(model, "sha256").hexdigest()
         options |= {
-            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_enable": "True",  # 1, which CUDA's options take, is refused here
             "trt_engine_cache_path": str(gpu.tensorrt_cache),
-            "trt_timing_cache_enable": "1",
+            # ONNX Runtime knows an engine by the graph and the file's name: the same for a model
+            # that was trained further, which would be served with the old weights.
+            "trt_engine_cache_prefix": digest[:16],
+            "trt_timing_cache_enable": "True",
             "trt_timing_cache_path": str(gpu.tensorrt_cache),
         }
     return options
@@ -177,6 +184,9 @@ def _load_libraries(*, tensorrt: bool) -> None:
         raise GpuMissing(
             "the NVIDIA driver's libcuda.so.1 is missing: run on a GPU host, with --gpus all"
         ) from error
+    if tensorrt:
+        # As `use_tf32` above, for which TensorRT has no option; NVIDIA's libraries read it first.
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it finds, and never raises
         onnxruntime.preload_dlls()
     folder = Path(str(onnxruntime.__file__)).parent / "capi"
@@ -188,6 +198,14 @@ def _load_libraries(*, tensorrt: bool) -> None:
             ctypes.CDLL(str(folder / name), os.RTLD_GLOBAL | os.RTLD_NOW)
         except OSError as error:
             raise GpuMissing(f"onnxruntime's GPU provider cannot load: {error}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what of an error of ONNX Runtime's is for people."""
+    line = str(error).strip().partition("\n")[0]
+    # Around CUDA's own words are functions, files and the host's name.
+    found = re.search(r"CUDA failure \d+: [^;]*[^; ]", line)
+    return found[0] if found else line
 
 
 def _cuda_major() -> str:

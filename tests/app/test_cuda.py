@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import os
 import subprocess
 import sys
 
@@ -98,6 +99,41 @@ print("the end")
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.split("\n") == ["unpinned", "the end", ""]
+
+
+@pytest.mark.parametrize(("tensorrt", "override"), [(True, "0"), (False, None)])
+def test_tensorrt_rounds_nothing(
+    monkeypatch: pytest.MonkeyPatch, tensorrt: bool, override: str | None
+) -> None:
+    """TF32 is off before TensorRT's libraries are loaded; CUDA's provider has an option for it."""
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "")
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
+    found: list[str | None] = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_: None)
+    monkeypatch.setattr(
+        onnxruntime, "preload_dlls", lambda: found.append(os.environ.get("NVIDIA_TF32_OVERRIDE"))
+    )
+    cuda._load_libraries(tensorrt=tensorrt)
+    assert found == [override]
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        (
+            "/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:154 bool "
+            "onnxruntime::CudaCall(...) [with ERRTYPE = cudaError] CUDA failure 35: CUDA driver "
+            "version is insufficient for CUDA runtime version ; GPU=-1 ; hostname=box ; "
+            "file=/onnxruntime_src/cuda_execution_provider.cc ; line=289 ; "
+            "expr=cudaSetDevice(info_.device_id);",
+            "CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version",
+        ),
+        ("the graph has no place there\nstack trace", "the graph has no place there"),
+    ],
+)
+def test_reason_in_plain_words(said: str, kept: str) -> None:
+    """Of an error of ONNX Runtime's its first line is told, and of one of CUDA's what CUDA said."""
+    assert cuda._reason(RuntimeError(said)) == kept
 
 
 def test_nodes_of_another_provider_are_named() -> None:

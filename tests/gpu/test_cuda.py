@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from app.buckets import Bucket, Buckets, bucket_sizes
-from app.cuda import CUDA, GpuOptions
+from app.cuda import CUDA, TENSORRT, GpuOptions
 from app.engine import OnnxEngine
 from app.errors import StartupError
 from app.settings import EMBEDDED_MODEL
@@ -97,8 +97,26 @@ def test_memory_is_steady(engine: OnnxEngine) -> None:
 
 def test_memory_limit_is_kept() -> None:
     """An arena that cannot hold the weights stops the start in one line."""
-    with pytest.raises(StartupError, match=r"^MIXER_DEVICE=cuda: .+"):
+    with pytest.raises(StartupError, match=r"^MIXER_DEVICE=cuda: .*(?i:memory)"):
         OnnxEngine(MODEL, "cuda", 1, gpu=GpuOptions(memory_mib=1))
+
+
+def test_tensorrt_keeps_its_engine(tmp_path: Path) -> None:
+    """TensorRT passes the golden sample, and a second start takes the engine of the first."""
+
+    def start() -> dict[str, int]:
+        gpu = GpuOptions(tensorrt_cache=tmp_path)
+        assert OnnxEngine(MODEL, "tensorrt", 1, max_batch=4, gpu=gpu).provider == TENSORRT
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.engine")}
+
+    try:
+        built = start()
+    except StartupError as error:
+        if "libnv" not in str(error):  # libnvinfer.so.10, libnvonnxparser.so.10
+            raise
+        pytest.skip(f"no TensorRT here: {error}")
+    assert built
+    assert start() == built
 
 
 def test_throughput_against_bare_onnxruntime(
