@@ -83,7 +83,7 @@ class OnnxEngine:
         self._check_signature(path)
         self._batches: Buckets | Shares
         if self.provider != CPU:
-            self._batches = Buckets(self._session, max_batch, "cuda", pinned)
+            self._batches = self._buckets_on_gpu(max_batch)
         elif bucketed:
             self._batches = Buckets(self._session, max_batch, "cpu", pageable)
         else:
@@ -108,6 +108,12 @@ class OnnxEngine:
     def run(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return logits float32 [batch, classes] for patches uint8 [batch, tokens, P·P·3]."""
         return self._batches.run(patches)
+
+    def _buckets_on_gpu(self, max_batch: int) -> Buckets:
+        try:
+            return Buckets(self._session, max_batch, "cuda", pinned)
+        except RuntimeError as error:  # as onnxruntime's are
+            raise too_large(max_batch, self.provider, error) from error
 
     def _check_signature(self, path: Path) -> None:
         preprocessing = self.card.preprocessing
@@ -142,6 +148,14 @@ class OnnxEngine:
                     f"(at most {self._golden.tolerance:.3g}) on {self.provider}: "
                     "wrong runtime, broken provider or damaged file; export the model again"
                 )
+
+
+def too_large(images: int, provider: str, error: Exception) -> StartupError:
+    """Return that a device has no room for a batch of so many."""
+    return StartupError(
+        f"MIXER_MAX_BATCH={images}: {provider} cannot run so many images at once "
+        f"({_first_line(error)}); choose fewer"
+    )
 
 
 def _open(

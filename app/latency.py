@@ -12,7 +12,7 @@ from copy import copy
 import numpy as np
 from PIL import Image
 
-from app.engine import Engine
+from app.engine import Engine, too_large
 from app.images import decode
 
 # Weight of the newest measurement: about ten batches after a change the table has followed it.
@@ -120,6 +120,9 @@ def warm_up(engine: Engine, max_batch: int, latency: LatencyTable) -> None:
     """Decode an image and run every doubling of the batch size: no request pays for a first time.
 
     The first decode loads Pillow, the first run of a size allocates; the second is measured.
+
+    Raises:
+        StartupError: the device has no room for a batch of `max_batch`, or of fewer.
     """
     preprocessing = engine.card.preprocessing
     sample = io.BytesIO()
@@ -132,9 +135,12 @@ def warm_up(engine: Engine, max_batch: int, latency: LatencyTable) -> None:
     while size < 2 * max_batch:
         images = min(size, max_batch)
         patches = np.zeros((images, preprocessing.tokens, preprocessing.patch_bytes), np.uint8)
-        engine.run(patches)
-        start = time.perf_counter()
-        engine.run(patches)
+        try:
+            engine.run(patches)
+            start = time.perf_counter()
+            engine.run(patches)
+        except Exception as error:  # onnxruntime raises a class of its own for each status
+            raise too_large(images, engine.provider, error) from error
         latency.observe_batch(images, time.perf_counter() - start)
         size *= 2
     latency.stay_calm()

@@ -19,7 +19,7 @@ from app.buckets import bucket_sizes
 from app.cpus import available_cpus
 from app.cuda import GpuOptions
 from app.curve import Point, draw, table
-from app.engine import CPU, Device, Engine, OnnxEngine
+from app.engine import CPU, Device, Engine, OnnxEngine, too_large
 from app.errors import StartupError
 from app.settings import Settings
 
@@ -97,7 +97,12 @@ def sweep(options: argparse.Namespace) -> tuple[list[Point], str]:
             engine = _open(options, chosen, count)
         for batch in sizes:
             progress.step(f"{count} threads, batch {batch}")
-            points.append(Point(count, batch, _latency_ms(engine, batch)))
+            try:
+                points.append(Point(count, batch, _latency_ms(engine, batch)))
+            except Exception as error:  # onnxruntime raises a class of its own for each status
+                if batch == 1:
+                    raise too_large(batch, engine.provider, error) from error
+                break  # no room for more of them
     progress.end()
     return points, "cuda" if chosen == "auto" else chosen
 

@@ -1,16 +1,18 @@
 """The engine: buckets on the CPU, refusals without a GPU, the options a GPU is opened with."""
 
+import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from app.buckets import bucket_sizes
-from app.cuda import GpuOptions, cuda_options, tensorrt_options
-from app.engine import OnnxEngine
+from app.cuda import CUDA, GpuOptions, cuda_options, tensorrt_options
+from app.engine import CPU, OnnxEngine
 from app.errors import StartupError
 from app.model_card import CARD_KEY, CardError, Golden, read_metadata, write_metadata
 from app.settings import EMBEDDED_MODEL
@@ -172,16 +174,37 @@ def test_cuda_options() -> None:
 
 
 def test_tensorrt_options() -> None:
-    """One profile covers every batch size, best the full one; limit and cache are what is set."""
-    options = tensorrt_options(GpuOptions(tensorrt=True), (196, 768), 16)
+    """One profile covers every batch size, best the full one; limit and cache are what is set.
+
+    A model of other weights has another place in the cache, though all else is the same.
+    """
+    options = tensorrt_options(GpuOptions(tensorrt=True), EMBEDDED_MODEL, 16)
     assert options == {
-        "trt_profile_min_shapes": "patches:1x196x768",
-        "trt_profile_opt_shapes": "patches:16x196x768",
-        "trt_profile_max_shapes": "patches:16x196x768",
+        "trt_profile_min_shapes": "patches:1x64x48",
+        "trt_profile_opt_shapes": "patches:16x64x48",
+        "trt_profile_max_shapes": "patches:16x64x48",
     }
-    limited = tensorrt_options(GpuOptions(tensorrt=True, memory_mib=512), (196, 768), 16)
+    limited = tensorrt_options(GpuOptions(tensorrt=True, memory_mib=512), EMBEDDED_MODEL, 16)
     assert limited == options | {"trt_max_workspace_size": str(512 * 1024 * 1024)}
-    cached = tensorrt_options(
-        GpuOptions(tensorrt=True, tensorrt_cache=Path("/cache")), (196, 768), 16
+    caching = GpuOptions(tensorrt=True, tensorrt_cache=Path("/cache"))
+    cached = tensorrt_options(caching, EMBEDDED_MODEL, 16)
+    assert cached == options | {
+        "trt_engine_cache_enable": "True",
+        "trt_engine_cache_path": "/cache",
+        "trt_engine_cache_prefix": hashlib.sha256(EMBEDDED_MODEL.read_bytes()).hexdigest()[:16],
+        "trt_timing_cache_enable": "True",
+        "trt_timing_cache_path": "/cache",
+    }
+
+
+def test_no_room_for_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU without room for the batches' buffers stops the start-up in one line."""
+    session = onnxruntime.InferenceSession(EMBEDDED_MODEL, providers=[CPU])
+    monkeypatch.setattr("app.engine._open", lambda *_: (session, CUDA, ""))
+    monkeypatch.setattr("app.engine.Buckets", Mock(side_effect=RuntimeError("no memory\nstack")))
+    with pytest.raises(StartupError) as raised:
+        OnnxEngine(EMBEDDED_MODEL, "cuda", 1, max_batch=64)
+    assert str(raised.value) == (
+        "MIXER_MAX_BATCH=64: CUDAExecutionProvider cannot run so many images at once (no memory); "
+        "choose fewer"
     )
-    assert cached["trt_engine_cache_path"] == "/cache"

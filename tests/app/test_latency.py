@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from app.admission import Admission
-from app.latency import FRESHNESS, LatencyTable
+from app.errors import StartupError
+from app.latency import FRESHNESS, LatencyTable, warm_up
 from app.settings import Settings
+from tests.fakes import FakeEngine
 
 MAX_BATCH = 20
 measurements = st.lists(
@@ -93,3 +96,19 @@ def test_slow_decoding_keeps_within_the_budget() -> None:
     slow.observe_decode(3)
     admission = Admission(Settings(queue_budget_ms=1000), slow)
     assert admission.refusal() is None  # what is refused measures nothing
+
+
+def test_no_room_for_a_full_batch() -> None:
+    """A device without room for the largest batch stops the start-up in one line."""
+
+    def refuse(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        if len(logits) > 4:
+            raise RuntimeError("Available memory is smaller than requested\nstack")
+        return logits
+
+    with pytest.raises(StartupError) as raised:
+        warm_up(FakeEngine(fault=refuse), 20, LatencyTable(20, decode_threads=1))
+    assert str(raised.value) == (
+        "MIXER_MAX_BATCH=8: FakeExecutionProvider cannot run so many images at once "
+        "(Available memory is smaller than requested); choose fewer"
+    )

@@ -82,6 +82,30 @@ def test_what_cannot_be_written_is_said_first(tmp_path: Path, taken: str) -> Non
     )
 
 
+def test_no_room_for_large_batches(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A batch for which there is no memory ends the sweep's curve, not the sweep."""
+
+    def latency_ms(_: object, batch: int) -> float:
+        if batch > room:
+            raise RuntimeError("Failed to allocate memory\nstack")
+        return float(batch)
+
+    monkeypatch.setattr(tune, "_latency_ms", latency_ms)
+    monkeypatch.setattr(tune, "available_cpus", lambda: 1)
+    command = [str(EMBEDDED_MODEL), "--device", "cpu", "-o", str(tmp_path / "tuned.env")]
+    room = 4
+    assert tune.main(command) == 0
+    assert "MIXER_MAX_BATCH=4\n" in (tmp_path / "tuned.env").read_text()
+    room = 0
+    assert tune.main(command) == 1
+    assert capsys.readouterr().err == (
+        "mixer-serve: MIXER_MAX_BATCH=1: CPUExecutionProvider cannot run so many images at once "
+        "(Failed to allocate memory); choose fewer\n"
+    )
+
+
 def test_interrupted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
