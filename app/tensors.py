@@ -18,6 +18,7 @@ from pydantic_core import to_json
 
 from app.documents import decode_base64, parse_document
 from app.errors import InvalidParameter, TooManyImages
+from app.predictions import softmax
 
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 IMAGE, LABEL, INDEX, SCORE, PROBABILITIES = "image", "label", "index", "score", "probabilities"
@@ -46,7 +47,7 @@ class OutputRequest(BaseModel):
 class InferRequest(BaseModel):
     """The JSON part of a request."""
 
-    id: str | None = None
+    id: str | None = Field(default=None, max_length=1024)  # which is answered as it came
     parameters: dict[str, Any] = {}
     inputs: list[InputTensor] = Field(min_length=1, max_length=1)
     outputs: list[OutputRequest] | None = Field(default=None, max_length=len(_DATATYPES))
@@ -95,18 +96,18 @@ def read_request(
 def write_response(
     head: dict[str, Any],
     wanted: Sequence[OutputRequest],
-    scores: NDArray[np.float64],
+    logits: Sequence[NDArray[np.float32]],
     labels: tuple[str, ...],
     top_k: int,
 ) -> tuple[bytes, int | None]:
     """Return the body, and the length of its JSON if tensors follow in binary.
 
-    `scores` are the probabilities, float64 [images, classes].
+    `logits` are those of each image, float32 [classes].
     """
     outputs, tail = [], []
     for output in wanted:
         datatype = _DATATYPES[output.name]
-        values = _values(output, scores, labels, top_k)  # [images, top_k or classes]
+        values = _values(output, logits, labels, top_k)  # [images, top_k or classes]
         if values.dtype == object:
             datatype = "BYTES"
         tensor: dict[str, Any] = {
@@ -126,30 +127,47 @@ def write_response(
 
 
 def _values(
-    output: OutputRequest, scores: NDArray[np.float64], labels: tuple[str, ...], top_k: int
+    output: OutputRequest,
+    logits: Sequence[NDArray[np.float32]],
+    labels: tuple[str, ...],
+    top_k: int,
 ) -> NDArray[Any]:
     """Return one output's values [images, …]; texts as objects."""
+    count = values_each(output, len(labels), top_k)
     if output.name == PROBABILITIES and "classification" not in output.parameters:
-        return scores.astype("<f4")
-    if output.name == PROBABILITIES:  # Triton's classification extension: "score:index:label"
-        top_k = _classes(output.parameters["classification"], len(labels))
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
-    best = np.take_along_axis(scores, order, axis=1).astype("<f4")
+        return np.stack([softmax(row).astype("<f4") for row in logits])
+    # Image by image: of a thousand images with thousands of classes only the best are kept.
+    orders, scores = [], []
+    for row in map(softmax, logits):
+        order = np.argsort(-row, kind="stable")[:count]
+        orders.append(order.astype("<i8"))
+        scores.append(row[order].astype("<f4"))
     if output.name == INDEX:
-        return order.astype("<i8")
+        return np.stack(orders)
     if output.name == SCORE:
-        return best
+        return np.stack(scores)
     if output.name == LABEL:
-        return np.array(labels, object)[order]
+        best: NDArray[Any] = np.array(labels, object)[np.stack(orders)]
+        return best
     texts = [
         [f"{s:f}:{i}:{labels[i]}" for s, i in zip(row, ids, strict=True)]
-        for row, ids in zip(best, order, strict=True)
+        for row, ids in zip(scores, orders, strict=True)
     ]
     return np.array(texts, object)
 
 
-def _classes(count: Any, classes: int) -> int:
-    return min(positive(count, "classification"), classes)
+def values_each(output: OutputRequest, classes: int, top_k: int) -> int:
+    """Return how many values an output has for each image.
+
+    Raises:
+        InvalidParameter: the wish for some of the probabilities is no number.
+    """
+    if output.name != PROBABILITIES:
+        return top_k
+    if "classification" not in output.parameters:
+        return classes
+    # Triton's classification extension: the best ones, as "score:index:label".
+    return min(positive(output.parameters["classification"], "classification"), classes)
 
 
 def positive(value: Any, name: str) -> int:

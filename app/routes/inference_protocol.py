@@ -8,14 +8,12 @@ import asyncio
 from functools import partial
 from typing import Any
 
-import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from app.classifier import Classifier
 from app.documents import EXAMPLE_IMAGE, read_alone
 from app.errors import NoSuchModel, NotReady, Problem
-from app.predictions import softmax
-from app.routes.classify import checked_top_k
+from app.routes.classify import check_predictions, checked_top_k
 from app.routes.openapi import CLASSIFY_STATUSES, json_content, problems
 from app.service import Service
 from app.tensors import (
@@ -28,6 +26,7 @@ from app.tensors import (
     InferRequest,
     positive,
     read_request,
+    values_each,
     write_response,
 )
 from app.uploads import unless_gone
@@ -142,6 +141,9 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
     with service.admission.body() as budget:
         (asked, images), deadline = await read_alone(request, service.settings, budget, parse)
         top_k = checked_top_k(_top_k(asked), classifier)
+        classes = len(classifier.card.labels)
+        each = sum(values_each(output, classes, top_k) for output in asked.wanted)
+        check_predictions(len(images), each)
         results = await unless_gone(request, classifier.classify(images, deadline))
     logits = []
     for result in results:
@@ -150,12 +152,11 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
         logits.append(result.logits)
     card = classifier.card
     head = {"model_name": card.name, "model_version": card.version, "id": asked.id}
-    scores = np.stack([softmax(row) for row in logits])  # [images, classes]
     answer, json_length = await asyncio.to_thread(
         write_response,
         {name: value for name, value in head.items() if value is not None},
         asked.wanted,
-        scores,
+        logits,
         card.labels,
         top_k,
     )

@@ -180,6 +180,18 @@ def broken(_: object) -> Any:
     raise RuntimeError("CUDA error 700 in secret place")
 
 
+def test_predictions_of_an_answer(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer holds so many predictions at most, however small the images are."""
+    monkeypatch.setattr("app.routes.classify.MAX_PREDICTIONS", 6)
+    files = [("files", make_image())] * 3
+    assert client.post("/classify/batch?top_k=2", files=files).status_code == 200
+    answer = client.post("/classify/batch?top_k=3", files=files)
+    problem(answer, 422)
+    assert answer.json()["detail"] == (
+        "3 predictions for each of 3 images are more than the 6 that an answer may hold."
+    )
+
+
 class TestErrors:
     """Every error is a problem."""
 

@@ -320,6 +320,26 @@ class TestInferenceProtocol:
         assert answer.status_code == 422, answer.text
         assert "outputs" in answer.json()["detail"]
 
+    def test_values_without_end(self, client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All values of all images together are bounded, whichever outputs they are of."""
+        monkeypatch.setattr("app.routes.classify.MAX_PREDICTIONS", 6)
+        every = [{"name": name} for name in ("label", "index", "score", "probabilities")]
+        best = {"name": "probabilities", "parameters": {"classification": 2}}
+        for outputs, status in ((every[:2], 200), (every[:3], 422), ([*every[:1], best], 200)):
+            asked = self.body() | {"outputs": outputs}
+            assert client.post(self.URL, json=asked).status_code == status
+        for outputs, status in ((every[3:], 200), ([*every[:2], every[3]], 422)):
+            asked = self.body() | {"outputs": outputs}
+            assert client.post(self.URL, json=asked).status_code == status
+
+    def test_long_id(self, client: TestClient) -> None:
+        """The ID that is answered as it came is no longer than one needs to be."""
+        answer = client.post(self.URL, json=self.body() | {"id": "A" * 1024})
+        assert answer.json()["id"] == "A" * 1024
+        answer = client.post(self.URL, json=self.body() | {"id": "A" * 1025})
+        assert answer.status_code == 422
+        assert len(answer.content) < 1000
+
     @pytest.mark.parametrize("tail", [b"\x05\x00\x00\x00abc", b"\x05\x00"])
     def test_cut_off_binary(self, client: TestClient, tail: bytes) -> None:
         """A binary tensor that ends early is a 422 problem."""
