@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 
 import httptools
 from fastapi import FastAPI
+from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from app.access import answer, report
 from app.clock import Clock
@@ -74,12 +75,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._deaf = False  # what comes is no longer listened to
         self._body_bytes = 0  # of this message
         self._allowance = MAX_HEADER_BYTES  # bytes that may still come for this message
+        self._fruitless = 0  # bytes since the last one of a body: extensions or trailers
         self._watch: asyncio.TimerHandle | None = None
         self._is_spare = False  # over the limit of connections: for probes only
         self._is_chunked = False  # the body that is arriving
         self._owed = 0  # bytes of this message's body that go past the parser
         self._express: Express | None = None  # the request that is served without ASGI
         self._before = self.cycle  # the request before the last
+        self._served = self.cycle  # the one whose answer is next; others may be sent ahead
         self._farewell: Farewell
         self._service: Service = self.served.state.service
         self._backlog = Backlog(self._service.turns, self._read_on)
@@ -110,6 +113,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._writing.end()
         self._farewell.end()
         super().connection_lost(exc)
+        if self._served is not None and not self._served.response_complete:
+            # uvicorn tells the last one that came only.
+            self._served.disconnected = True
+            self._served.message_event.set()
 
     def eof_received(self) -> None:
         """Close: half a connection is none. What is unsent has its time, as everywhere."""
@@ -205,6 +212,10 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.pipeline and self._watch is None:
             self._watch = self.loop.call_later(WATCH_S, self._watch_client)
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._served = cycle
+        super()._start_asgi_task(cycle, app)
+
     def on_body(self, body: bytes) -> None:
         """Pass the body on; its size is the application's to bound.
 
@@ -258,12 +269,16 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _read_slice(self, data: bytes) -> None:
         self._allowance -= len(data)
+        body_bytes = self._body_bytes
         self._parse(data)
+        is_body = self._in_headers or self._body_bytes != body_bytes
+        self._fruitless = 0 if is_body else self._fruitless + len(data)
         is_more_due = self._begun and not self._deaf
         if is_more_due and not self._clock.is_running and not self.transport.is_closing():
             self._start_clock(self._patience_s())
         allowed = self._allowance + self._body_bytes * FRAMING_PER_BODY_BYTE
-        if allowed < 0 and not self.transport.is_closing():
+        is_over = allowed < 0 or self._fruitless > MAX_HEADER_BYTES
+        if is_over and not self.transport.is_closing():
             if self._in_headers:
                 self._refuse_headers()
             else:
@@ -304,26 +319,26 @@ class BoundedProtocol(HttpToolsProtocol):
         self._parse(b"".join((b"POST / HTTP/1.1\r\n", *framing, b"\r\n", rest)))
 
     def _take_usual(self, data: bytes) -> bytes:
-        """Serve the usual requests that `data` begins with; return what is for the parser."""
-        while (
-            data
-            and not (self._begun or self._is_spare)
-            and (self.cycle is None or self.cycle.response_complete)
+        """Serve the usual request that `data` begins with; return what is for the parser."""
+        if (
+            self._begun
+            or self._is_spare
+            or not (self.cycle is None or self.cycle.response_complete)
+            or (head := read_head(data)) is None
+            or head.body_size > self.settings.max_upload_bytes
         ):
-            head = read_head(data)
-            if head is None or head.body_size > self.settings.max_upload_bytes:
-                break
-            # Before anything is answered: an answer that closes looks whether a body still comes.
-            self._begun, self._in_headers = head.body_size > len(data) - head.size, False
-            if not self._by_express(head.target, head.fields, keep_alive=True):
-                self._begun, self._in_headers = False, True
-                break
-            self._clock.stop()
-            self._begun, self._owed = True, head.body_size
-            data = self._take_body(data, head.size)
-            if data and self.transport.is_closing():
-                return b""
-        return data
+            return data
+        # Before anything is answered: an answer that closes looks whether a body still comes.
+        self._begun, self._in_headers = head.body_size > len(data) - head.size, False
+        if not self._by_express(head.target, head.fields, keep_alive=True):
+            self._begun, self._in_headers = False, True
+            return data
+        self._clock.stop()
+        self._begun, self._owed = True, head.body_size
+        data = self._take_body(data, head.size)
+        if data and not self.transport.is_closing():
+            self._put_off(data)  # one read may hold thousands of requests, each answered at once
+        return b""
 
     def _take_body(self, data: bytes, start: int = 0) -> bytes:
         """Hand on what `data` holds of a usual request's body; return what comes after it."""
@@ -475,6 +490,9 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._is_spare:  # whatever came: there was no place for it
             status, title, detail = FULL
+        if self.cycle is not None and self.cycle.response_complete and not self._in_headers:
+            self.transport.close()  # what has gone wrong is the rest of a request with an answer
+            return
         if self.cycle is not None and not self.cycle.response_complete:
             # What came in order is answered: a second answer would be read as a part of the first.
             if self._in_headers or self.pipeline:

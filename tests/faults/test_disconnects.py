@@ -72,7 +72,10 @@ def test_queued_clients_reset(fake: Start, figure: Figure, request_: bytes) -> N
 
 
 @pytest.mark.parametrize("how", ["reset", "close"])
-def test_clients_gone_behind_requests_sent_ahead(fake: Start, figure: Figure, how: str) -> None:
+@pytest.mark.parametrize("path", ["/classify", "/classify?detour", "/"])
+def test_clients_gone_behind_requests_sent_ahead(
+    fake: Start, figure: Figure, path: str, how: str
+) -> None:
     """A client that has sent more requests than it has answers to is missed all the same."""
     with fake(batch_ms=1500, max_batch=4, queue_budget_ms=60_000) as server:
         before = json.loads(one(server.url, get("/observed")).body)["inferred"]
@@ -81,7 +84,8 @@ def test_clients_gone_behind_requests_sent_ahead(fake: Start, figure: Figure, ho
             time.sleep(0.1)
             clients = [dial(server.url) for _ in range(20)]
             for client in clients:
-                client.sendall(post(make_image()) + post(make_image(), "/explain") + get("/livez"))
+                ahead = post(make_image(), "/explain") + get("/livez")
+                client.sendall(post(make_image(), path) + ahead)
             while json.loads(one(server.url, get("/observed")).body)["images"] < 21:
                 time.sleep(0.01)
             for client in clients:

@@ -3,12 +3,13 @@
 import base64
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import pytest
 
 from tests.fakes import make_image
 from tests.faults.conftest import Start
-from tests.faults.load import dial, get, post
+from tests.faults.load import dial, get, post, read_answer
 from tests.processes import Server
 
 IMAGE = make_image()
@@ -97,6 +98,33 @@ def test_what_came_before_is_answered(fake: Start, path: str, bad: bytes) -> Non
         answer = send(server, [good + good + bad])
         assert statuses(answer) == [200, 200]
         assert answer.lower().count(b"connection: close") == 1
+
+
+def test_one_answer_to_a_request(fake: Start) -> None:
+    """A body that goes wrong behind its request's answer gets no second one."""
+    head = "{} HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n{}\r\n5\r\nhello\r\n"
+    with fake() as server:
+        for line, status in (("POST /classify", 415), ("GET /livez", 200), ("PUT /classify", 405)):
+            request = head.format(line, "Content-Type: text/plain\r\n").encode()
+            assert statuses(send(server, [request, b"ZZ\r\n"])) == [status]
+
+
+@pytest.mark.parametrize("waste", [b"1;a=%b\r\nx", b"0\r\nX: %b"], ids=["extension", "trailer"])
+def test_bytes_beside_a_body(fake: Start, waste: bytes) -> None:
+    """Behind a long body, too, extensions and trailers are no longer than headers may be."""
+    body = IMAGE + bytes(100_000)
+    head = b"POST /classify HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with fake() as server:
+        for size, count in ((60_000, 1), (100_000, 0)):
+            chunks = b"%x\r\n%b\r\n" % (len(body), body) + waste % (b"a" * size)
+            ends = b"\r\n0\r\n\r\n" if waste.startswith(b"1") else b"\r\n\r\n"
+            with dial(server.url) as client:
+                client.settimeout(5)  # the body's own time is 30 s
+                answer = b""
+                with suppress(ConnectionError):  # refused unread
+                    client.sendall(head + chunks + (ends if count else b""))
+                    answer = read_answer(client)
+                assert statuses(answer) == [200] * count
 
 
 def test_headers_mean_the_same(fake: Start) -> None:

@@ -24,6 +24,7 @@ from tests.faults.load import (
     percentile,
     post,
     probe,
+    read_answer,
 )
 from tests.faults.test_pieces import send, statuses
 from tests.processes import Server, serving
@@ -74,6 +75,32 @@ def test_many_clients_send_chunks_of_one_byte(fake: Start, figure: Figure) -> No
                 thread.join()
     figure(f"{len(probes)} answers, the slowest after {max(probes) * 1000:.0f} ms")
     assert max(probes) < 1  # it was 12 s
+
+
+def test_many_requests_in_one_read(fake: Start, figure: Figure) -> None:
+    """Behind thousands of requests that one client has sent ahead, others wait for a few only."""
+    block = b"POST /classify?top_k=99 HTTP/1.1\r\nContent-Length:0\r\n\r\n" * 4000  # 220 kB
+
+    def drain(client: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while client.recv(1 << 20):
+                pass
+
+    waits = []
+    with fake() as server, dial(server.url) as client, dial(server.url) as other:
+        reader = threading.Thread(target=drain, args=(client,))
+        reader.start()
+        for _ in range(9):
+            client.sendall(block)
+            start = time.monotonic()
+            other.sendall(get("/livez"))
+            assert b"200 OK" in read_answer(other)
+            waits.append(time.monotonic() - start)
+            time.sleep(0.7)  # until all are answered
+        client.shutdown(socket.SHUT_RDWR)
+        reader.join()
+    figure(f"waits of {', '.join(f'{wait * 1000:.0f}' for wait in waits)} ms")
+    assert sorted(waits)[4] < 0.05
 
 
 BOUNDARY = b"\r\n--" + b"b" * 60
