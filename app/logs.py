@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import Literal
 
@@ -34,13 +35,24 @@ class StandardError:
         self.lost = 0  # lines, or parts of one
         self._lock = threading.RLock()  # a signal's handler logs, too, whatever it came between
         self._is_cut = False  # the last line has no end
+        self._terminal: int | None = None  # a descriptor of its own
+
+    def claim_terminal(self) -> None:
+        """Open the terminal once more: one that nobody reads says that it is ready, and waits.
+
+        Not to wait is told to an open file, and standard error's is that of the shell, too.
+        """
+        if self._terminal is None and _is_terminal():
+            with suppress(OSError):
+                name = os.ttyname(sys.stderr.fileno())
+                self._terminal = os.open(name, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
 
     def write(self, text: str) -> None:
         """Write one line, if it is taken at once."""
         data = text.encode("utf-8", "backslashreplace")
         with self._lock:
             try:
-                descriptor = sys.stderr.fileno()
+                descriptor = self._terminal or sys.stderr.fileno()
                 if self._is_cut:
                     data = b"\n" + data
                 while data:
@@ -61,6 +73,7 @@ STANDARD_ERROR = StandardError()
 def configure(level: str, log_format: LogFormat) -> None:
     """Send everything of `level` and above to standard error; `auto` is text on a terminal."""
     as_text = log_format == "text" or (log_format == "auto" and _is_terminal())
+    STANDARD_ERROR.claim_terminal()
     handler = logging.StreamHandler(STANDARD_ERROR)
     handler.setFormatter(TextFormatter() if as_text else JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

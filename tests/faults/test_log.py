@@ -1,6 +1,7 @@
 """A log that nobody takes costs its lines, and nothing else."""
 
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -135,6 +136,20 @@ def test_reader_that_has_stopped(figure: Figure) -> None:
         assert process.wait(5) == 0
     os.close(end)
     assert kept.endswith(b"}\n")
+
+
+def test_terminal_that_nobody_reads(figure: Figure) -> None:
+    """A terminal that has stopped, as with Ctrl+S, stops neither the service nor its end."""
+    end, descriptor = pty.openpty()
+    with logging_to(descriptor) as (process, url):
+        os.close(descriptor)
+        for _ in range(300):
+            assert one(url, post(make_image())).status == 200
+        figure(f"{lost(url):.0f} of 300 lines lost")
+        assert lost(url) > 100
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0
+    os.close(end)
 
 
 def test_line_that_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
