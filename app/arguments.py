@@ -1,10 +1,18 @@
-"""What all commands share: a wrong argument is one line, as every other reason not to begin."""
+"""What all commands share: a wrong argument is one line, as is a standard output that is full."""
 
 import argparse
-from collections.abc import Callable
-from typing import NoReturn, TypeVar
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 Number = TypeVar("Number", int, float)
+
+UNREAD = 128 + 13  # nobody reads what a command writes: as a shell reports SIGPIPE
 
 
 class Arguments(argparse.ArgumentParser):
@@ -14,6 +22,37 @@ class Arguments(argparse.ArgumentParser):
         """Exit with status 2."""
         line = " ".join(message.split())  # an argument may hold line breaks
         self.exit(2, f"{self.prog}: {line}; see {self.prog} --help\n")
+
+    def print_help(self, file: "SupportsWrite[str] | None" = None) -> None:
+        """Write the help, or say why it cannot be written."""
+        with standard_output(self.prog):
+            (file or sys.stdout or sys.stderr).write(self.format_help())
+
+
+@contextmanager
+def standard_output(command: str) -> Iterator[None]:
+    """Flush what was written to standard output, and end the command if it cannot be.
+
+    Python itself would tell it only at exit, in more than one line.
+    """
+    try:
+        yield
+        if sys.stdout is not None:  # closed
+            sys.stdout.flush()
+    except OSError as error:
+        drop_output()
+        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+            sys.exit(UNREAD)
+        sys.stderr.write(f"{command}: standard output: {error.strerror}\n")
+        sys.exit(1)
+
+
+def drop_output() -> None:
+    """Drop what standard output holds and cannot take: Python would complain of it at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def number_within(kind: type[Number], least: Number, most: Number) -> Callable[[str], Number]:

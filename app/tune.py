@@ -14,7 +14,7 @@ from typing import TextIO, get_args
 
 import numpy as np
 
-from app.arguments import Arguments, number_within
+from app.arguments import Arguments, number_within, standard_output
 from app.buckets import bucket_sizes
 from app.cpus import available_cpus
 from app.cuda import GpuOptions
@@ -183,7 +183,8 @@ def _env_file(text: str) -> Path:
 
 
 def _print(*lines: str) -> None:
-    sys.stdout.write("\n".join(lines) + "\n")
+    with standard_output("mixer-serve"):
+        sys.stdout.write("\n".join(lines) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from typing import get_args
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from app.arguments import Arguments, number_within
+from app.arguments import Arguments, number_within, standard_output
 from app.cpus import available_cpus
 from app.model_card import Interpolation, Preprocessing
 from model_export import checkpoints, labels, pictures, report, summary
@@ -68,11 +68,11 @@ def _convert(options: argparse.Namespace) -> None:
             else pictures.calibration(Path(options.calibration), preprocessing),
         )
         done = export(checkpoint, request, output, step)
-    print(report.conversion(done, checkpoint))
+    _print(report.conversion(done, checkpoint))
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    print(report.inspection(summary.inspect(Path(options.model))))
+    _print(report.inspection(summary.inspect(Path(options.model))))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -81,14 +81,19 @@ def _evaluate(options: argparse.Namespace) -> None:
     if drawn.is_dir() or not os.access(drawn.parent, os.W_OK):  # known now, not after the work
         raise ExportError(f"--confusion {drawn}: no file can be written there")
     result = evaluate(model, Path(options.data), available_cpus())
-    print(report.evaluation(result))
+    _print(report.evaluation(result))
     if len(result.card.labels) > MAX_DRAWN:
-        print(
+        _print(
             f"  confusion  not drawn: of more than {MAX_DRAWN:,} classes nothing would be legible"
         )
         return
     plot_confusion(result, drawn)
-    print(f"  confusion  {drawn}")
+    _print(f"  confusion  {drawn}")
+
+
+def _print(text: str) -> None:
+    with standard_output("mixer-export"):
+        print(text)
 
 
 def _labels(checkpoint: checkpoints.Checkpoint, source: str | None) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from app.arguments import Arguments
+from app.arguments import UNREAD, Arguments, drop_output, standard_output
 from app.cpus import available_cpus
 from model_export.errors import ExportError
 from model_export.recipe import Recipe
@@ -27,7 +27,11 @@ def main(arguments: list[str] | None = None) -> int:
         if given[:1] == ["adapt"]:
             return _adapt(_adapt_parser().parse_args(given[1:]))
         return _train(_train_parser().parse_args(given))
+    except BrokenPipeError:  # nobody reads how far it is
+        drop_output()
+        return UNREAD
     except (ExportError, OSError) as error:
+        drop_output()
         sys.stderr.write(f"mixer-train: {error}\n")
         return 1
     except KeyboardInterrupt as stop:
@@ -59,7 +63,8 @@ def _adapt(options: argparse.Namespace) -> int:
     from model_export import adapt
 
     report = adapt.adapt(options.model, Path(options.data), Path(options.output), options.name)
-    sys.stdout.write(f"{report}\n")
+    with standard_output("mixer-train"):
+        sys.stdout.write(f"{report}\n")
     return 0
 
 

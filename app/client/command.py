@@ -3,13 +3,12 @@
 import argparse
 import asyncio
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, Self
 
-from app.arguments import Arguments, number_within
+from app.arguments import UNREAD, Arguments, drop_output, number_within
 from app.client.files import NothingFoundError, find_images
 from app.client.results import OtherModelError, Prediction, Result, Writer, finished, open_writer
 
@@ -59,11 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         images = find_images(options.paths)
         return asyncio.run(_run(options, images))
-    except BrokenPipeError:
-        # `| head` has seen enough. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13  # as a shell reports SIGPIPE
-    except (NothingFoundError, OtherModelError, ServerError, OSError) as error:
+    except BrokenPipeError:  # `| head` has seen enough
+        drop_output()
+        return UNREAD
+    except (NothingFoundError, OtherModelError, ServerError) as error:
+        return _refuse(str(error))
+    except OSError as error:  # standard output may be full
+        drop_output()
         return _refuse(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED

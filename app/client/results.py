@@ -67,6 +67,7 @@ class TableWriter:
         for result in sorted(self._results, key=lambda one: self._order[one.path]):
             labels = "  ".join(f"{p.label} {p.score:.1%}" for p in result.predictions)
             self._stream.write(f"{result.path:<{width}}  {result.error or labels}\n")
+        self._stream.flush()
 
 
 class JsonLinesWriter:

@@ -26,19 +26,21 @@ from app.client.files import find_images
 from app.client.local import LocalClassifier
 from app.client.remote import ImageError, RemoteClassifier, ServerError
 from app.nursery import nursery
+from tests.outputs import buffered, run_into_closed_pipe, run_into_full_disk
 from tests.processes import ROOT, Server, serving
 
+MODULE = "app.client.command"
 MODEL = str(ROOT / "app" / "models" / "mixer-cifar10.onnx")
 
 
 def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
     return subprocess.run(
-        [sys.executable, "-m", "app.client.command", *map(str, arguments)],
+        [sys.executable, "-m", MODULE, *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=buffered(PYTHONPATH=str(ROOT)),
         timeout=120,
         check=False,
     )
@@ -228,11 +230,11 @@ def test_names_that_are_no_text(live: Server, folder: Path) -> None:
     """A file name that is no UTF-8 goes through table and CSV as it is."""
     os.rename(folder / "a.png", os.fsencode(folder) + b"/\xe9.png")  # noqa: PTH104 - bytes
     for output_format in ("table", "csv"):
-        command = [sys.executable, "-m", "app.client.command", live.url, str(folder)]
+        command = [sys.executable, "-m", MODULE, live.url, str(folder)]
         done = subprocess.run(
             [*command, "--format", output_format],
             cwd=ROOT,
-            env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+            env=buffered(PYTHONIOENCODING="utf-8:strict"),
             capture_output=True,
             check=False,
         )
@@ -269,7 +271,7 @@ def test_interrupted(tmp_path: Path) -> None:
     file = tmp_path / "out.jsonl"
     with busy_server(delay_s=0.1) as (url, asked):
         options = [url, tmp_path, "--format", "jsonl", "-o", file, "--concurrency", 2]
-        command = [sys.executable, "-m", "app.client.command", *map(str, options)]
+        command = [sys.executable, "-m", MODULE, *map(str, options)]
         # A test run in the background ignores Ctrl+C, and its children would inherit that.
         process = subprocess.Popen(
             command, cwd=ROOT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -286,17 +288,28 @@ def test_interrupted(tmp_path: Path) -> None:
     assert len(by_name(file.read_text())) == 40
 
 
-def test_reader_that_has_seen_enough(live: Server, folder: Path) -> None:
+@pytest.mark.parametrize("output_format", ["table", "jsonl", "csv", "help"])
+def test_reader_that_has_seen_enough(live: Server, folder: Path, output_format: str) -> None:
     """A closed pipe behind the command (`| head -0`) ends it without a word."""
-    command = [sys.executable, "-m", "app.client.command", live.url, str(folder)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()
-    heard = process.stderr.read()
-    process.stderr.close()
-    assert process.wait(30) == 141
-    assert b"ipe" not in heard
+    done = run_into_closed_pipe("-m", MODULE, *to_stdout(live, folder, output_format))
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("output_format", ["table", "jsonl", "csv", "help"])
+def test_full_output(live: Server, folder: Path, output_format: str) -> None:
+    """A standard output without room is one line."""
+    done = run_into_full_disk("-m", MODULE, *to_stdout(live, folder, output_format))
+    assert done.returncode == (1 if output_format == "help" else 2)
+    assert done.stderr.startswith("mixer-classify: ")
+    assert done.stderr.endswith("No space left on device\n")
+    assert done.stderr.count("\n") == 1
+
+
+def to_stdout(live: Server, folder: Path, output_format: str) -> list[str]:
+    """Return arguments with which the command writes to standard output."""
+    if output_format == "help":
+        return ["--help"]
+    return [live.url, str(folder), "--format", output_format]
 
 
 def test_busy_server(tmp_path: Path) -> None:

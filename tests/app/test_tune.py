@@ -11,12 +11,14 @@ from app import tune
 from app.curve import Point, draw
 from app.settings import EMBEDDED_MODEL, read_settings
 from app.tune import recommend
+from tests.outputs import buffered, run_into_closed_pipe, run_into_full_disk
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command."""
     return subprocess.run(
         [sys.executable, "-m", "app.serve", "tune", *arguments],
+        env=buffered(),
         capture_output=True,
         text=True,
         timeout=120,
@@ -121,6 +123,20 @@ def test_nothing_fits(tmp_path: Path) -> None:
     output = tmp_path / "tuned.env"
     done = run(str(EMBEDDED_MODEL), "--max-batch", "1", "--latency-ms", "0.01", "-o", str(output))
     assert "nothing fits in 0.01 ms: this is the fastest single image" in done.stdout
+
+
+@pytest.mark.parametrize("has_help", [False, True])
+def test_output_that_takes_nothing(tmp_path: Path, has_help: bool) -> None:
+    """A reader that has seen enough ends the command without a word, a full disk in one line."""
+    arguments = [str(EMBEDDED_MODEL), "--device", "cpu", "--max-batch", "1"]
+    arguments += ["-o", str(tmp_path / "tuned.env")]
+    command = ("-m", "app.serve", "tune", *(["--help"] if has_help else arguments))
+    left = run_into_closed_pipe(*command)
+    assert (left.returncode, left.stderr) == (141, "")
+    full = run_into_full_disk(*command)
+    assert full.returncode == 1
+    assert full.stderr.endswith(": standard output: No space left on device\n")
+    assert full.stderr.count("\n") == 1
 
 
 def test_missing_matplotlib_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

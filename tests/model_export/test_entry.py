@@ -12,7 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from model_export import entry
+from tests.outputs import run_into_closed_pipe, run_into_full_disk
 from tests.processes import ROOT
+
+MODEL = str(ROOT / "app" / "models" / "mixer-cifar10.onnx")
 
 
 def test_termination_leaves_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,6 +35,39 @@ def test_termination_leaves_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyP
         signal.signal(signal.SIGTERM, before)
     assert ended.value.code == 128 + signal.SIGTERM
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("-m", "model_export.cli", "inspect", MODEL),
+        ("-m", "model_export.cli", "convert", "--help"),
+        ("-m", "model_export.train", "--help"),
+    ],
+)
+def test_output_that_takes_nothing(command: tuple[str, ...]) -> None:
+    """A reader that has seen enough ends a command without a word, a full disk in one line."""
+    left = run_into_closed_pipe(*command)
+    assert (left.returncode, left.stderr) == (141, "")
+    full = run_into_full_disk(*command)
+    assert full.returncode == 1
+    assert full.stderr.endswith(": standard output: No space left on device\n")
+    assert full.stderr.count("\n") == 1
+
+
+def test_progress_that_nobody_takes() -> None:
+    """Training ends likewise when the lines that tell how far it is find no reader or no room."""
+    script = (
+        "import sys\n"
+        "from model_export import train\n"
+        "train._train = lambda _: print('epoch 1', flush=True)\n"
+        "sys.exit(train.main(['data', '-o', 'run']))\n"
+    )
+    left = run_into_closed_pipe("-c", script)
+    assert (left.returncode, left.stderr) == (141, "")
+    full = run_into_full_disk("-c", script)
+    assert full.returncode == 1
+    assert full.stderr == "mixer-train: [Errno 28] No space left on device\n"
 
 
 @pytest.mark.parametrize(

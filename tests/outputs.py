@@ -1,0 +1,44 @@
+"""Commands whose standard streams are closed, full or left by their reader."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.processes import ROOT, clean_environment
+
+
+def buffered(**settings: str) -> dict[str, str]:
+    """Return an environment in which Python buffers its output as it does by default."""
+    kept = clean_environment(**settings)
+    kept.pop("PYTHONUNBUFFERED", None)
+    return kept
+
+
+def run_into_closed_pipe(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with a command behind which nobody reads (`| head -0`)."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        return _run(*arguments, stdout=writer)
+    finally:
+        os.close(writer)
+
+
+def run_into_full_disk(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with a command whose output finds no room."""
+    with Path("/dev/full").open("w") as full:
+        return _run(*arguments, stdout=full.fileno())
+
+
+def _run(*arguments: str, stdout: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=buffered(),
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+    )
