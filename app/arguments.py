@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
+from app.start import open_standard_streams
+
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
@@ -25,8 +27,19 @@ class Arguments(argparse.ArgumentParser):
 
     def print_help(self, file: "SupportsWrite[str] | None" = None) -> None:
         """Write the help, or say why it cannot be written."""
+        stream = file or sys.stdout or sys.stderr
         with standard_output(self.prog):
-            (file or sys.stdout or sys.stderr).write(self.format_help())
+            if stream is not None:  # closed, as is the other
+                stream.write(self.format_help())
+
+
+def prepare_streams() -> None:
+    """Let standard streams that are closed lead nowhere: Python has none in their place."""
+    open_standard_streams()
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import TextIO, get_args
 
 import numpy as np
 
-from app.arguments import Arguments, number_within, standard_output
+from app.arguments import Arguments, number_within, prepare_streams, standard_output
 from app.buckets import bucket_sizes
 from app.cpus import available_cpus
 from app.cuda import GpuOptions
@@ -37,6 +37,7 @@ BAR_CELLS = 24
 
 def main(arguments: Sequence[str]) -> int:
     """Measure, print, write and draw; return the exit code."""
+    prepare_streams()
     options = _parser().parse_args(arguments)
     curve = options.output.with_suffix(".png")
     try:

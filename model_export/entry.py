@@ -7,6 +7,8 @@ import importlib
 import signal
 import sys
 
+from app.arguments import prepare_streams
+
 
 def mixer_export() -> int:
     """Run `mixer-export`; return its exit code."""
@@ -19,6 +21,7 @@ def mixer_train() -> int:
 
 
 def _run(command: str, module: str) -> int:
+    prepare_streams()
     # By default the signal ends a process as it stands, and half a file would stay behind.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:

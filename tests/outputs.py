@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tests.processes import ROOT, clean_environment
 
+CLOSED = (">&-", "2>&-", "<&- >&- 2>&-")
+
 
 def buffered(**settings: str) -> dict[str, str]:
     """Return an environment in which Python buffers its output as it does by default."""
@@ -29,6 +31,14 @@ def run_into_full_disk(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python with a command whose output finds no room."""
     with Path("/dev/full").open("w") as full:
         return _run(*arguments, stdout=full.fileno())
+
+
+def run_closed(closed: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with a command, and close streams as a shell does (`>&- 2>&-`)."""
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=buffered(), capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def _run(*arguments: str, stdout: int) -> subprocess.CompletedProcess[str]:

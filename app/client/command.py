@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, Self
 
-from app.arguments import UNREAD, Arguments, drop_output, number_within
+from app.arguments import UNREAD, Arguments, drop_output, number_within, prepare_streams
 from app.client.files import NothingFoundError, find_images
 from app.client.results import OtherModelError, Prediction, Result, Writer, finished, open_writer
 
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0, or 1 if an image failed, or 2 if nothing could be done; 130 after Ctrl+C, and 141 if nobody
     reads the results any more, as a shell reports both.
     """
+    prepare_streams()
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.ERROR, format="mixer-classify: %(message)s")
     try:

@@ -26,7 +26,13 @@ from app.client.files import find_images
 from app.client.local import LocalClassifier
 from app.client.remote import ImageError, RemoteClassifier, ServerError
 from app.nursery import nursery
-from tests.outputs import buffered, run_into_closed_pipe, run_into_full_disk
+from tests.outputs import (
+    CLOSED,
+    buffered,
+    run_closed,
+    run_into_closed_pipe,
+    run_into_full_disk,
+)
 from tests.processes import ROOT, Server, serving
 
 MODULE = "app.client.command"
@@ -303,6 +309,20 @@ def test_full_output(live: Server, folder: Path, output_format: str) -> None:
     assert done.stderr.startswith("mixer-classify: ")
     assert done.stderr.endswith("No space left on device\n")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("closed", CLOSED)
+def test_closed_streams(live: Server, folder: Path, closed: str) -> None:
+    """Results go to their file, and what is shown to nobody, whichever streams are closed."""
+    file = folder / "out.csv"
+    command = ("-m", MODULE, live.url, str(folder / "a.png"))
+    done = run_closed(closed, *command, "--format", "csv", "-o", str(file))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(file.read_text().splitlines()) == 2
+    shown = run_closed(closed, *command)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert run_closed(closed, "-m", MODULE, "--help").returncode == 0
+    assert run_closed(closed, "-m", MODULE, live.url, "nowhere").returncode == 2
 
 
 def to_stdout(live: Server, folder: Path, output_format: str) -> list[str]:

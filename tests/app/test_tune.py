@@ -11,7 +11,13 @@ from app import tune
 from app.curve import Point, draw
 from app.settings import EMBEDDED_MODEL, read_settings
 from app.tune import recommend
-from tests.outputs import buffered, run_into_closed_pipe, run_into_full_disk
+from tests.outputs import (
+    CLOSED,
+    buffered,
+    run_closed,
+    run_into_closed_pipe,
+    run_into_full_disk,
+)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -137,6 +143,18 @@ def test_output_that_takes_nothing(tmp_path: Path, has_help: bool) -> None:
     assert full.returncode == 1
     assert full.stderr.endswith(": standard output: No space left on device\n")
     assert full.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("closed", CLOSED)
+def test_closed_streams(tmp_path: Path, closed: str) -> None:
+    """The settings are written, whichever of the standard streams are closed."""
+    output = tmp_path / "tuned.env"
+    options = ["--device", "cpu", "--max-batch", "1", "-o", str(output)]
+    done = run_closed(closed, "-m", "app.serve", "tune", str(EMBEDDED_MODEL), *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "MIXER_MAX_BATCH=1\n" in output.read_text()
+    for command in (["tune", "--help"], ["--help"]):
+        assert run_closed(closed, "-m", "app.serve", *command).returncode == 0
 
 
 def test_missing_matplotlib_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from model_export import entry
-from tests.outputs import run_into_closed_pipe, run_into_full_disk
+from tests.outputs import CLOSED, run_closed, run_into_closed_pipe, run_into_full_disk
 from tests.processes import ROOT
 
 MODEL = str(ROOT / "app" / "models" / "mixer-cifar10.onnx")
@@ -68,6 +68,20 @@ def test_progress_that_nobody_takes() -> None:
     full = run_into_full_disk("-c", script)
     assert full.returncode == 1
     assert full.stderr == "mixer-train: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("closed", CLOSED)
+def test_closed_streams(closed: str) -> None:
+    """Whichever of the standard streams are closed, a command ends as it would with them.
+
+    What it would tell on one of them does not go to the other.
+    """
+    script = "import sys; from model_export import entry; sys.exit(entry.mixer_export())"
+    for code, argument in enumerate((MODEL, "absent.onnx")):
+        done = run_closed(closed, "-c", script, "inspect", argument)
+        assert done.returncode == code
+        assert "Traceback" not in done.stderr
+        assert code == 0 or done.stdout == ""
 
 
 @pytest.mark.parametrize(
