@@ -1,6 +1,7 @@
 """What all commands share: a wrong argument is one line, as is a standard output that is full."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -34,12 +35,14 @@ class Arguments(argparse.ArgumentParser):
 
 
 def prepare_streams() -> None:
-    """Let standard streams that are closed lead nowhere: Python has none in their place."""
+    """Let closed standard streams lead nowhere; escape what the encoding of output lacks."""
     open_standard_streams()
-    if sys.stdout is None:
+    if sys.stdout is None:  # as Python has it
         sys.stdout = os.fdopen(1, "w", closefd=False)
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w", closefd=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error's
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         if options.tensorrt_cache:
             settings["MIXER_TENSORRT_CACHE"] = options.tensorrt_cache.resolve()
         lines = [f"{name}={value}" for name, value in settings.items()]
-        options.output.write_text("\n".join(lines) + "\n")
+        options.output.write_text("\n".join(lines) + "\n", "utf-8", "surrogateescape")
         _print(table(points, best), *lines, f"written to {options.output}")
         if 2 * best.latency_ms > options.latency_ms:
             _print(f"nothing fits in {options.latency_ms:g} ms: this is the fastest single image")

@@ -147,8 +147,8 @@ def open_writer(
     """Write to `file`, after what it holds, or to standard output."""
     with ExitStack() as stack:
         stream: TextIO = sys.stdout
-        if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
-            stream.reconfigure(errors="surrogateescape")
+        if isinstance(stream, io.TextIOWrapper):  # as a file: names need not be UTF-8
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
         if file is not None:
             mode: Literal["w", "a"] = "w" if output_format == "table" else "a"
             stream = stack.enter_context(

@@ -232,20 +232,23 @@ def test_resume_of_odd_lines(live: Server, folder: Path, output_format: str) -> 
     assert file.is_symlink()
 
 
-def test_names_that_are_no_text(live: Server, folder: Path) -> None:
-    """A file name that is no UTF-8 goes through table and CSV as it is."""
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_names_that_are_no_text(live: Server, folder: Path, encoding: str) -> None:
+    """Any file name goes through table and CSV as it is, whatever the terminal's encoding."""
+    (folder / "b.PNG").rename(folder / "é→.png")
     os.rename(folder / "a.png", os.fsencode(folder) + b"/\xe9.png")  # noqa: PTH104 - bytes
     for output_format in ("table", "csv"):
         command = [sys.executable, "-m", MODULE, live.url, str(folder)]
         done = subprocess.run(
             [*command, "--format", output_format],
             cwd=ROOT,
-            env=buffered(PYTHONIOENCODING="utf-8:strict"),
+            env=buffered(PYTHONIOENCODING=f"{encoding}:strict"),
             capture_output=True,
             check=False,
         )
         assert done.returncode == 0, done.stderr
         assert b"/\xe9.png" in done.stdout
+        assert "/é→.png".encode() in done.stdout
 
 
 def test_link_to_nowhere(live: Server, folder: Path) -> None:

@@ -221,6 +221,20 @@ def test_why_not_the_fastest(
     assert (said in capsys.readouterr().out) == is_said
 
 
+def test_paths_that_are_no_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A path that is no UTF-8 is written as it is, and shown as well as can be."""
+    monkeypatch.setattr(tune, "sweep", Mock(return_value=(POINTS, "cpu")))
+    file, cache = tmp_path / "\udce9.env", tmp_path / "\udce8"
+    options = ["-o", str(file), "--tensorrt-cache", str(cache)]
+    assert tune.main([str(EMBEDDED_MODEL), *options]) == 0
+    assert b"/\xe8\n" in file.read_bytes()
+    shown = capsys.readouterr().out
+    assert "/\\udce8\n" in shown
+    assert "/\\udce9.env\n" in shown
+
+
 def test_fewer_threads_where_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads that gain less than WORTH are left to decoding."""
     points = [Point(1, 8, 50), Point(2, 8, 49)]

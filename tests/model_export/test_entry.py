@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from model_export import entry
-from tests.outputs import CLOSED, run_closed, run_into_closed_pipe, run_into_full_disk
+from tests.outputs import CLOSED, buffered, run_closed, run_into_closed_pipe, run_into_full_disk
 from tests.processes import ROOT
 
 MODEL = str(ROOT / "app" / "models" / "mixer-cifar10.onnx")
@@ -82,6 +82,21 @@ def test_closed_streams(closed: str) -> None:
         assert done.returncode == code
         assert "Traceback" not in done.stderr
         assert code == 0 or done.stdout == ""
+
+
+def test_terminal_that_lacks_a_character() -> None:
+    """A report is shown as well as can be where output is no UTF-8."""
+    script = "import sys; from model_export import entry; sys.exit(entry.mixer_export())"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "inspect", MODEL],
+        cwd=ROOT,
+        env=buffered(PYTHONIOENCODING="ascii"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "deer, \\u2026\n" in done.stdout
 
 
 @pytest.mark.parametrize(
