@@ -167,6 +167,12 @@ def _open(
     """
     remark = ""
     _runtime()  # without it there is no provider to ask for
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise StartupError(
+            f"MIXER_MODEL={path}: onnxruntime takes no path that is not UTF-8; rename it"
+        ) from None
     if device != "cpu":
         gpu = replace(gpu, tensorrt=device == "tensorrt")
         try:

@@ -12,7 +12,7 @@ import pytest
 
 from app.buckets import bucket_sizes
 from app.cuda import CUDA, GpuOptions, cuda_options, tensorrt_options
-from app.engine import CPU, OnnxEngine
+from app.engine import CPU, Device, OnnxEngine
 from app.errors import StartupError
 from app.model_card import CARD_KEY, CardError, Golden, read_metadata, write_metadata
 from app.settings import EMBEDDED_MODEL
@@ -148,6 +148,16 @@ def test_batch_over_the_largest_bucket(bucketed: OnnxEngine) -> None:
     """A batch that fits no bucket is refused by its size, not cut."""
     with pytest.raises(ValueError, match="a batch of 12 is over the largest of 11"):
         bucketed.run(draw(12))
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+def test_path_that_is_no_text(tmp_path: Path, device: Device) -> None:
+    """A model whose path is no UTF-8 is refused for that, and not as if it were no model."""
+    model = tmp_path / "\udce9" / "model.onnx"
+    model.parent.mkdir()
+    model.write_bytes(EMBEDDED_MODEL.read_bytes())
+    with pytest.raises(StartupError, match="no path that is not UTF-8"):
+        OnnxEngine(model, device, 1)
 
 
 @pytest.mark.parametrize("device", ["cuda", "tensorrt"])
