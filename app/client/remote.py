@@ -51,6 +51,11 @@ class RemoteClassifier:
             )
         except httpx2.InvalidURL as error:
             raise ServerError(f"{url}: no address of a server ({error})") from None
+        except OSError as error:
+            raise ServerError(
+                "the certificates of SSL_CERT_FILE, SSL_CERT_DIR or the system cannot be read "
+                f"({error.strerror or error})"
+            ) from None
         except (ValueError, ImportError) as error:
             raise ServerError(f"a proxy in the environment cannot be used: {error}") from None
         if (self._client.base_url.port or 0) > MAX_PORT:

@@ -490,6 +490,18 @@ def test_proxy_that_cannot_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["absent.pem", "a.png"])
+def test_certificates_that_cannot_be(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Certificates that are absent, or none, are one line that says what could not be read."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(folder / name))
+    done = run("http://127.0.0.1:9", folder)
+    assert done.returncode == 2
+    assert "the certificates of SSL_CERT_FILE" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
