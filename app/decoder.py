@@ -117,6 +117,9 @@ def _limit_memory(more_bytes: int) -> None:
 
         used = Path("/proc/self/statm").read_text().split()[5]  # data and stack, in pages
         limit = int(used) * resource.getpagesize() + more_bytes
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if hard != resource.RLIM_INFINITY:  # the container's or shell's, which only root may raise
+            limit = min(limit, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 

@@ -27,7 +27,6 @@ from app.errors import (
     UnsupportedFormat,
 )
 from app.images import FORMATS, Picture
-from app.model_card import Preprocessing
 from app.nursery import nursery
 
 logger = logging.getLogger(__name__)
@@ -222,13 +221,12 @@ class Decoder:
             raise NoDecoder(f"No process that decodes can be started: {error}") from None
 
 
-def check_decoders(preprocessing: Preprocessing, count: int) -> None:
+def check_decoders(count: int, task: Task) -> None:
     """Start so many processes, and have a picture decoded as uploads are.
 
     Raises:
         StartupError: there cannot be so many, or they cannot do it here.
     """
-    task = Task(preprocessing=preprocessing, max_pixels=1, max_bytes=len(_SAMPLE))
     try:
         with closing(Decoders(count, task)) as decoders:
             decoders.decode(_SAMPLE)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from app import tune
 from app.cpus import INFERENCE_NICE, give_way
 from app.cuda import GpuOptions
+from app.decoder import Task
 from app.decoders import check_decoders
 from app.draining import DrainingServer
 from app.engine import OnnxEngine
@@ -52,7 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nursery()  # it loads what decoders need while the model is loaded here
         settings = _allow_descriptors(settings)
         engine = _open(settings)
-        check_decoders(engine.card.preprocessing, settings.decode_threads)
+        task = Task(
+            preprocessing=engine.card.preprocessing,
+            max_pixels=settings.max_pixels,
+            max_bytes=settings.max_upload_bytes,
+        )
+        check_decoders(settings.decode_threads, task)
         app = create_app(settings, engine)
         _listen(listener, settings)
     except StartupError as error:

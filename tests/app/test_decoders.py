@@ -1,6 +1,7 @@
 """Decoding in processes of their own: same pictures, same problems; and what if one ends."""
 
 import os
+import resource
 import signal
 import socket
 import struct
@@ -179,6 +180,17 @@ def test_memory_is_limited() -> None:
     one.close()
 
 
+def test_memory_that_is_limited_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit of the container or shell below a decoder's own stays as it is."""
+    limits: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limit: limits.append(limit))
+    for hard, most in ((1000, 1000), (resource.RLIM_INFINITY, 2**41)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, hard=hard: (hard, hard))
+        decoder._limit_memory(2**40)
+        assert limits[-1][0] <= most
+    assert limits[-1][0] > 2**40
+
+
 @pytest.mark.parametrize("photos_before", [0, 20])
 def test_memory_comes_back(photos_before: int) -> None:
     """What a large picture has taken is given back once it is answered."""
@@ -275,22 +287,22 @@ def test_stuck_decoder(
 
 def test_no_decoder_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing can be decoded, start-up says so."""
-    check_decoders(TASK.preprocessing, 2)
+    check_decoders(2, TASK)
     with monkeypatch.context() as patch:
         patch.setattr(nursery(), "new_link", Mock(side_effect=BlockingIOError(11, "no process")))
         with pytest.raises(StartupError, match=r"cannot be decoded here.*no process"):
-            check_decoders(TASK.preprocessing, 2)
+            check_decoders(2, TASK)
     links = [nursery().new_link(), BlockingIOError(11, "no second process")]
     with monkeypatch.context() as patch:
         patch.setattr(nursery(), "new_link", Mock(side_effect=links))
         with pytest.raises(StartupError, match="no second process"):
-            check_decoders(TASK.preprocessing, 2)
+            check_decoders(2, TASK)
     ours, theirs = socket.socketpair()
     with theirs:
         send(theirs, b"1")  # its process ID
     monkeypatch.setattr(nursery(), "new_link", Mock(return_value=ours))
     with pytest.raises(StartupError, match="cannot be decoded here"):
-        check_decoders(TASK.preprocessing, 2)
+        check_decoders(2, TASK)
 
 
 def test_failures_in_a_row(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) -> None:
