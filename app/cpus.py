@@ -35,8 +35,10 @@ def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return max(1, min(cpus, math.ceil(int(quota) / int(period))))
 
 
-def give_way(nice: int) -> None:
-    """Let the process's other threads go before the calling one and those it starts.
+def give_way(nice: int, process: int = 0) -> None:
+    """Let the other threads of `process`, by default this one, go before the calling one.
+
+    And before those that it starts; by so much more than the nice value that the service has.
 
     Decoding and inference can fill every core. The event loop needs little, but needs it at once: a
     refusal or a probe that waits its turn among them is late by all of their time slices.
@@ -44,4 +46,6 @@ def give_way(nice: int) -> None:
     if sys.platform == "linux":  # where a thread has a priority of its own
         # A sandbox may forbid it; then all are alike.
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+            own = os.getpriority(os.PRIO_PROCESS, process or os.getpid())  # its first thread's
+            most = 19  # setpriority(2)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(most, own + nice))

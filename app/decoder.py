@@ -53,6 +53,7 @@ class Refusal(BaseModel):
 def main() -> None:
     """Fork decoders until the service is gone."""
     control = socket.socket(fileno=int(sys.argv[1]))
+    service = os.getppid()
     # The service stops in its own time, and what it still has to decode with it: Ctrl+C at a
     # terminal and a signal to the whole group are for the service alone.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -72,7 +73,8 @@ def main() -> None:
         link = socket.socket(fileno=sockets[0])
         if os.fork() == 0:
             control.close()
-            give_way(DECODING_NICE)
+            # A nursery that was started late, by a thread that gives way, is no measure.
+            give_way(DECODING_NICE, service)
             with suppress(OSError):  # the service is gone
                 send(link, str(os.getpid()).encode())
                 serve(link)

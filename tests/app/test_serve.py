@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from contextvars import Context
 from pathlib import Path
 from types import SimpleNamespace
@@ -319,16 +321,27 @@ def test_cpus_without_affinity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities on Linux only")
-def test_who_goes_first(tmp_path: Path) -> None:
-    """The event loop goes before decoders, and those before the threads that infer."""
+@pytest.mark.parametrize("more", [0, 5])
+def test_who_goes_first(tmp_path: Path, more: int) -> None:
+    """The event loop goes before decoders, and those before the threads that infer, at any nice."""
+    base = os.getpriority(os.PRIO_PROCESS, 0) + more
     flags = ("--device", "cpu", "--threads", "3", "--decode-threads", "2")
-    with serving(tmp_path / "log", *flags) as server:
+    with ExitStack() as stack:
+        with ThreadPoolExecutor(1, initializer=os.nice, initargs=(more,)) as nicer:
+            starting = nicer.submit(stack.enter_context, serving(tmp_path / "log", *flags))
+            server = starting.result()
         own, nursery, *decoders = [nice_values(pid) for pid in server.pids()]
         loop = nice_values(server.process.pid, str(server.process.pid))
-    assert loop == nursery == [os.getpriority(os.PRIO_PROCESS, 0)]
-    assert decoders == [[10], [10]]
-    assert own.count(10) == 2  # those that hand uploads to the decoders
-    assert own.count(12) == 3 + 2  # of the batches, and beside the caller as the model is checked
+        for pid in server.pids()[1:]:
+            os.kill(pid, signal.SIGKILL)
+        for _ in range(4):  # a nursery comes anew, from a thread that gives way
+            httpx2.post(f"{server.url}/classify", content=make_image())
+        _, _, *replaced = [nice_values(pid) for pid in server.pids()]
+    assert loop == nursery == [base]
+    assert decoders == replaced == [[base + 10], [base + 10]]
+    assert own.count(base + 10) == 2  # those that hand uploads to the decoders
+    # Of the batches, and beside the caller as the model is checked.
+    assert own.count(base + 12) == 3 + 2
 
 
 def nice_values(pid: int, thread: str = "*") -> list[int]:
