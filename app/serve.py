@@ -2,8 +2,10 @@
 
 import ctypes
 import logging
+import os
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,6 +31,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGE_BLOCK_BYTES = 4 * 2**20  # no batch: what it is stacked in would come anew each time
 # Besides connections: the listener, the event loop's own, the model, the log, closing connections.
 SPARE_DESCRIPTORS = 128
+# Besides those that settings choose: the nursery, the log, documents, spans, whoever opens the
+# model, libuv's; and asyncio's own, at most.
+SPARE_THREADS = 10 + min(32, (os.cpu_count() or 1) + 4)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ApiKeys(settings.api_keys_file)  # refused now, if at all, and not after the model
         end_when_told()
         listener = _bind(settings)
-        nursery()  # it loads what decoders need while the model is loaded here
+        _check_threads(settings)
+        _start_nursery()
         settings = _allow_descriptors(settings)
         engine = _open(settings)
         task = Task(
@@ -88,6 +94,47 @@ def _map_large_blocks() -> None:
     if hasattr(allocator, "mallopt"):  # glibc's
         allocator.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
         allocator.mallopt(M_TRIM_THRESHOLD, 8 * 2**20)
+
+
+def _check_threads(settings: Settings) -> None:
+    """Start as many threads as there will be at most, decoders counted as such, and end them.
+
+    ONNX Runtime would wait for ever for those that it cannot start.
+
+    Raises:
+        StartupError: fewer are allowed.
+    """
+    # Those that infer are its own, those of shares and those of batches.
+    count = 3 * settings.threads + 2 * settings.decode_threads + SPARE_THREADS
+    end = threading.Event()
+    started: list[threading.Thread] = []
+    usual_bytes = threading.stack_size(2**18)  # a limit of memory is not what is tried here
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=end.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    except RuntimeError as error:
+        raise StartupError(
+            f"MIXER_THREADS={settings.threads} MIXER_DECODE_THREADS={settings.decode_threads}: "
+            f"they need {count} threads and processes, and the container or shell allows "
+            f"{len(started)} more (pids limit, ulimit -u): choose fewer, or allow more"
+        ) from error
+    finally:
+        threading.stack_size(usual_bytes)
+        end.set()
+        for thread in started:
+            thread.join()
+
+
+def _start_nursery() -> None:
+    """Let it load what decoders need while the model is loaded here."""
+    try:
+        nursery()
+    except OSError as error:
+        raise StartupError(
+            f"images cannot be decoded here: no process can be started ({error.strerror})"
+        ) from error
 
 
 def _open(settings: Settings) -> OnnxEngine:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import Context
@@ -24,7 +25,7 @@ from app.cpus import available_cpus
 from app.draining import DrainingServer
 from app.errors import StartupError
 from app.logs import JsonFormatter
-from app.serve import _allow_descriptors
+from app.serve import _allow_descriptors, _check_threads
 from app.settings import EMBEDDED_MODEL, Settings, read_settings
 from app.trace import begin
 from tests.fakes import encode, make_image
@@ -303,6 +304,51 @@ def test_few_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (130, 130))
     with pytest.raises(StartupError, match="130 descriptors"):
         _allow_descriptors(settings)
+
+
+def test_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there cannot be as many threads as will be needed, start-up says so; none is left."""
+    begin, allowed, before = threading.Thread.start, iter(range(90)), threading.active_count()
+
+    def start_one(thread: threading.Thread) -> None:
+        if next(allowed, None) is None:
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_one)
+        with pytest.raises(StartupError, match=r"MIXER_THREADS=64 .*=5: .* 90 more .*ulimit -u"):
+            _check_threads(Settings(threads=64, decode_threads=5))
+    assert threading.active_count() == before
+    _check_threads(Settings(threads=64, decode_threads=5))
+    assert threading.active_count() == before
+
+
+def test_threads_are_tried_before_the_model() -> None:
+    """Start-up tries them, and the process of the decoders, before it can hang for want of them."""
+    script = (
+        "import sys, threading\n"
+        "from unittest.mock import Mock\n"
+        "from app import serve\n"
+        "{}\n"
+        "serve._open = None\n"
+        "sys.exit(serve.main(['--port', '0']))\n"
+    )
+    for fault, line in (
+        ("threading.Thread.start = Mock(side_effect=RuntimeError)", "MIXER_THREADS="),
+        ("serve.nursery = Mock(side_effect=BlockingIOError(11, 'no more'))", "no more"),
+    ):
+        result = subprocess.run(
+            [sys.executable, "-c", script.format(fault)],
+            cwd=ROOT,
+            env=clean_environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 1
+        assert result.stderr.startswith("mixer-serve: ")
+        assert line in result.stderr
+        assert len(result.stderr.splitlines()) == 1
 
 
 def test_onnxruntime_that_cannot_be_loaded(tmp_path: Path) -> None:
