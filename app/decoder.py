@@ -71,7 +71,12 @@ def main() -> None:
         if not sockets:
             return
         link = socket.socket(fileno=sockets[0])
-        if os.fork() == 0:
+        try:
+            pid = os.fork()
+        except OSError:  # no memory, or too many processes: whoever asked sees a closed link
+            link.close()
+            continue
+        if pid == 0:
             control.close()
             # A nursery that was started late, by a thread that gives way, is no measure.
             give_way(DECODING_NICE, service)

@@ -455,3 +455,32 @@ def test_service_that_is_gone_again() -> None:
         control.shutdown(socket.SHUT_WR)
         _, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (0, b"")
+
+
+def test_fork_that_fails() -> None:
+    """A decoder that cannot be forked costs its own link alone: the next one comes."""
+    script = (
+        "import os\n"
+        "from unittest.mock import Mock\n"
+        "from app import decoder\n"
+        "os.fork = Mock(side_effect=[BlockingIOError(11, 'too many'), 0])\n"
+        "decoder.main()\n"  # as the decoder of the second link
+    )
+    control, theirs = socket.socketpair()
+    with control, theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(theirs.fileno())],
+            stderr=subprocess.PIPE,
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()  # so that it is gone with the process
+        said = []
+        for _ in range(2):
+            ours, link = socket.socketpair()
+            with ours, link:
+                socket.send_fds(control, [b"1"], [link.fileno()])
+                link.close()
+                said.append(receive(ours))
+        _, complaints = process.communicate(timeout=30)
+    assert complaints == b""
+    assert said == [None, str(process.pid).encode()]
