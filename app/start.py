@@ -19,6 +19,8 @@ def end_when_told() -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: os._exit(128 + received))
+    # Whoever blocks them while it starts us leaves them blocked.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
 
 
 def open_standard_streams() -> None:

@@ -99,6 +99,21 @@ def test_signals_are_heeded_before_the_imports(monkeypatch: pytest.MonkeyPatch) 
     assert callable(heeded)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_that_were_blocked(number: signal.Signals) -> None:
+    """A signal that was blocked when the service was started ends it all the same."""
+    script = (
+        "import os, signal, sys\n"
+        "from app import start\n"
+        "number = int(sys.argv[1])\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [number])\n"
+        "start.end_when_told()\n"
+        "os.kill(os.getpid(), number)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script, str(int(number))], cwd=ROOT)
+    assert result.returncode == 128 + number
+
+
 def test_help_beside_an_unknown_setting() -> None:
     """`--help` comes where a variable is wrong, too: the line about that one points to it."""
     result = run_serve("--help", MIXER_FOO="1")
