@@ -78,10 +78,12 @@ class DrainingServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take in whoever has connected already, then close."""
         listeners = sockets or []
+        waiting = select.poll()  # select() takes no descriptor above 1023
         for listener in listeners:
             _drop_newcomers(listener)
+            waiting.register(listener, select.POLLIN)
         give_up = time.monotonic() + LAST_ACCEPT_S
-        while select.select(listeners, [], [], 0)[0] and time.monotonic() < give_up:  # noqa: ASYNC110 - no event says that nobody waits
+        while waiting.poll(0) and time.monotonic() < give_up:  # noqa: ASYNC110 - no event says that nobody waits
             await asyncio.sleep(0.01)  # the event loop accepts them
         await super().shutdown(sockets)
         # Whoever does not read its answer would hold up the end for as long as it may not read.

@@ -8,6 +8,7 @@ import socket
 import statistics
 import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ from app.metrics import Metrics
 from tests.fakes import make_image
 from tests.faults.conftest import Figure, Start
 from tests.faults.load import REFUSED, Load, dial, get, one, post, read_answer
-from tests.processes import Server
+from tests.processes import Server, serving
 
 TIMES = 20
 DRAIN_S = 0.6
@@ -99,6 +100,21 @@ def test_clients_that_never_look(real: Start, photos: list[bytes], figure: Figur
     figure(f"in 5 stops {dict(Counter(statuses))}, {REFUSED} being nobody there")
     assert statuses.count(200) > 5 * 30
     assert set(statuses) <= {200, REFUSED}
+
+
+def test_many_descriptors(tmp_path: Path) -> None:
+    """A service that was started with a thousand descriptors open stops as any other."""
+    (tmp_path / "many.py").write_text(
+        "import os, sys\n"
+        "from app import serve\n"
+        "for _ in range(1100):\n"
+        "    os.open(os.devnull, os.O_RDONLY)\n"
+        "sys.exit(serve.main())\n"
+    )
+    with serving(tmp_path / "log", module="many", PYTHONPATH=str(tmp_path)) as server:
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(10) == 0
+        assert "Traceback" not in server.log.read_text()
 
 
 def test_stuck_upload(fake: Start, figure: Figure) -> None:
