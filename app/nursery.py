@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from functools import cache
-from pathlib import Path
 
 # An upload of the usual size then goes with one call, without waiting for the decoder to read.
 _BUFFER_BYTES = 1 << 20
@@ -67,9 +66,10 @@ class Nursery:
         self._control, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603 - our own module, by our own interpreter
-                [sys.executable, "-m", "app.decoder", str(theirs.fileno())],
-                cwd=Path(__file__).parent.parent,  # where the package is, installed or not
-                env={**os.environ, **_ENVIRONMENT},
+                [sys.executable, "-P", "-m", "app.decoder", str(theirs.fileno())],
+                # It imports from where we do, and in that order: an installed package that is named
+                # as one of the standard library stays behind it.
+                env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)},
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 process_group=0,  # a terminal's Ctrl+C is for the service alone

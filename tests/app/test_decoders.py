@@ -38,7 +38,7 @@ from app.images import decode
 from app.model_card import Preprocessing
 from app.nursery import Nursery, nursery
 from tests.fakes import encode, make_image
-from tests.processes import serving
+from tests.processes import ROOT, serving
 
 TASK = Task(
     preprocessing=Preprocessing(image_size=32, patch_size=4),
@@ -372,6 +372,29 @@ def test_what_a_decoder_inherits() -> None:
     for field in ("SigBlk", "SigIgn"):
         mask = int(status.partition(f"{field}:")[2].split()[0], 16)
         assert not mask >> (signal.SIGPROF - 1) & 1
+
+
+def test_package_named_as_one_of_the_standard_library(tmp_path: Path) -> None:
+    """An installed package does not take the place of a module that decoders need, nor of ours."""
+    (tmp_path / "app").symlink_to(ROOT / "app")  # as a wheel's
+    (tmp_path / "uuid.py").write_text("raise ImportError('of Python 2')")
+    script = (
+        "import sys\n"
+        "[first, *_] = [at for at, path in enumerate(sys.path) if 'site-packages' in path]\n"
+        "sys.path.insert(first, sys.argv[1])\n"
+        "from app.decoder import Task\n"
+        "from app.decoders import Decoder\n"
+        "one = Decoder(Task.model_validate_json(sys.argv[2]))\n"
+        "print(sys.modules['app'].__file__)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", script, str(tmp_path), TASK.model_dump_json()],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.stderr == ""
+    assert str(tmp_path) in result.stdout
 
 
 def test_end_without_a_word() -> None:
