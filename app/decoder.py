@@ -97,7 +97,13 @@ def serve(link: socket.socket) -> None:
     if first is None:
         return
     task = Task.model_validate_json(first)
-    _limit_memory(BYTES_PER_PIXEL * task.max_pixels + SPARE_BYTES + task.max_bytes)
+    try:
+        _limit_memory(BYTES_PER_PIXEL * task.max_pixels + SPARE_BYTES + task.max_bytes)
+    except (OSError, ValueError) as error:  # no /proc, or a sandbox: start-up tells
+        if receive(link) is not None:
+            text = f"its memory cannot be limited: {error}"
+            send(link, ANSWER.pack(BUG, 0, 0, 0), text.encode())
+        return
     while (message := receive(link)) is not None:
         # The kernel's default for this signal is to end the process, whatever it is doing.
         signal.setitimer(signal.ITIMER_PROF, MAX_CPU_S)

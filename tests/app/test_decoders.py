@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -303,6 +303,25 @@ def test_no_decoder_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nursery(), "new_link", Mock(return_value=ours))
     with pytest.raises(StartupError, match="cannot be decoded here"):
         check_decoders(2, TASK)
+
+
+def test_memory_that_cannot_be_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a decoder's memory cannot be limited, start-up says so, and why."""
+    missing = FileNotFoundError(2, "No such file", "/proc/self/statm")
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(nursery(), "new_link", lambda: ours)
+    monkeypatch.setattr(decoder, "_limit_memory", Mock(side_effect=missing))
+
+    def serve() -> None:
+        with theirs, suppress(OSError):
+            decoder.serve(theirs)
+
+    send(theirs, b"1")  # its process ID
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with pytest.raises(StartupError, match=r"cannot be limited: .*/proc/self/statm"):
+        check_decoders(1, TASK)
+    thread.join()
 
 
 def test_failures_in_a_row(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) -> None:
