@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +78,17 @@ def cpu_s(pid: int) -> float:
     """Return the CPU seconds that a process has used."""
     fields = _read(pid, "stat").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def files_to_write(pid: int) -> set[Path]:
+    """Return the files that a process has open for writing; what it reads is no upload."""
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # a connection that closes meanwhile
+            flags = _read(pid, f"fdinfo/{link.name}").partition("flags:")[2]
+            if link.is_file() and int(flags.split()[0], 8) & os.O_ACCMODE != os.O_RDONLY:
+                found.add(link.readlink())
+    return found
 
 
 def _read(pid: int, file: str) -> str:

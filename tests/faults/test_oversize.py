@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import socket
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from tests.fakes import make_image
 from tests.faults.conftest import Figure, Start
 from tests.faults.load import dial, get, one, post, read_answer
+from tests.processes import files_to_write
 
 LIMIT = 2**20
 HEAD = b"POST /classify HTTP/1.1\r\nHost: test\r\nContent-Type: image/jpeg\r\n"
@@ -109,15 +111,20 @@ def test_chunked_body_stops_at_the_limit(fake: Start, figure: Figure) -> None:
                 assert b" 413 " in answer
                 most = max(most, sent)
         growth = server.resident_mib() - before
-        links = []
-        for link in Path(f"/proc/{server.process.pid}/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):  # a connection that closes meanwhile
-                links.append(link.readlink())
-        regular = [link for link in links if link.is_file() and link != server.log]
+        written = files_to_write(server.process.pid) - {server.log}
         figure(f"answered {(most - LIMIT) // 1024} KiB after the limit, +{growth:.1f} MiB")
         assert most <= LIMIT + 128 * 1024
         assert growth < 16
-        assert regular == []
+        assert written == set()
+
+
+def test_files_to_write(tmp_path: Path) -> None:
+    """Of a process's open files, those that it may write are found, and no others."""
+    (tmp_path / "read").touch()
+    with (tmp_path / "read").open("rb"), (tmp_path / "written").open("ab"):
+        found = files_to_write(os.getpid())
+    assert tmp_path / "written" in found
+    assert tmp_path / "read" not in found
 
 
 def test_chunked_body_behind_its_answer(fake: Start) -> None:
