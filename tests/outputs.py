@@ -33,6 +33,16 @@ def run_into_full_disk(*arguments: str) -> subprocess.CompletedProcess[str]:
         return _run(*arguments, stdout=full.fileno())
 
 
+def check_output(*command: str) -> None:
+    """Check that it ends without a word where nobody reads, and in one line on a full disk."""
+    left = run_into_closed_pipe(*command)
+    assert (left.returncode, left.stderr) == (141, "")
+    full = run_into_full_disk(*command)
+    assert full.returncode == 1
+    assert full.stderr.endswith(": standard output: No space left on device\n")
+    assert full.stderr.count("\n") == 1
+
+
 def run_closed(closed: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python with a command, and close streams as a shell does (`>&- 2>&-`)."""
     command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, *arguments]
