@@ -22,6 +22,8 @@ _HEADROOM = 0.7
 # come again at once would take the very cores that it runs on. Decoding has no batches to fill: it
 # has to keep within the budget.
 _BATCHES_TAKEN = 4
+# Long answers that their clients have not read yet: eight of the longest, for 30 s at most.
+_MAX_ANSWER_BYTES = 64 * 2**20
 
 
 class Refusal(NamedTuple):
@@ -40,6 +42,7 @@ class Admission:
         self._latency = latency
         self.requests = 0
         self.body_bytes = 0
+        self.answer_bytes = 0  # of long ones, until they are read
         self.images = 0  # admitted and not yet answered
 
     @contextmanager
@@ -84,6 +87,21 @@ class Admission:
             yield budget
         finally:
             budget.close()
+
+    @contextmanager
+    def answer(self, size: int) -> Iterator[None]:
+        """Count a long answer's bytes until it is sent; one alone is always taken.
+
+        Raises:
+            QueueFull: all of them together would be over the limit.
+        """
+        if self.answer_bytes and self.answer_bytes + size > _MAX_ANSWER_BYTES:
+            raise self._full("Too many long answers wait to be read.", "answers")
+        self.answer_bytes += size
+        try:
+            yield
+        finally:
+            self.answer_bytes -= size
 
     @contextmanager
     def queue(self, images: int, deadline: float) -> Iterator[float]:

@@ -18,6 +18,7 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from app.access import answer, report
+from app.answers import PIECE_BYTES
 from app.clock import Clock
 from app.door import OPEN_PATHS
 from app.errors import PROBLEM_JSON, BodyTimeout, kind_of, problem_json
@@ -94,6 +95,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.loop,
             lambda: self._begun or bool(self._backlog) or self.flow.read_paused,
         )
+        transport.set_write_buffer_limits(PIECE_BYTES)
         super().connection_made(self._farewell)
         excess = len(self.connections) - self.settings.max_connections
         self._is_spare = excess > 0
@@ -366,17 +368,24 @@ class BoundedProtocol(HttpToolsProtocol):
             self._rest()
 
     def pause_writing(self) -> None:
-        """Start the clock on a client that does not read its answers."""
+        """Start the clock on a client that does not read its answer."""
         super().pause_writing()
-        self._writing.start(self.settings.body_timeout_s, self.transport.abort)
+        if not self._writing.is_running:
+            self._writing.start(self.settings.body_timeout_s, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Stop that clock."""
-        self._writing.stop()
+        """Stop that clock, unless there is more: a long answer comes in pieces."""
         super().resume_writing()
+        self._stop_writing()
+
+    def _stop_writing(self) -> None:
+        answering = self._served is not None and not self._served.response_complete
+        if not (self.flow.write_paused or (answering and self._served.response_started)):
+            self._writing.stop()
 
     def on_response_complete(self) -> None:
         """Serve the request that waits, or rest; uvicorn's own clock for that is not started."""
+        self._stop_writing()
         if self.pipeline:
             super().on_response_complete()
             if self._begun and self._clock.is_running:  # we made its body wait until now

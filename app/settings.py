@@ -105,7 +105,7 @@ class Settings(BaseModel):
         ge=1,
         le=1_000_000,
         description="open connections, idle ones included: a descriptor and some 10 kB each, "
-        "128 KiB at the most",
+        "192 KiB at the most",
     )
     max_upload_bytes: int = Field(
         default=20 * 2**20,

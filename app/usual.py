@@ -11,8 +11,8 @@ from app.refusal import ANSWERED, Answered, refuse
 from app.service import Service
 from app.uploads import FORM, JSON, is_longer
 
-# A number that needs no checking but against the model's classes.
-_TARGET = re.compile(rb"/classify(?:\?top_k=([1-9][0-9]{0,5}))?")
+# A number that needs no checking but against the model's classes, and no long answer.
+_TARGET = re.compile(rb"/classify(?:\?top_k=([1-9][0-9]?))?")
 _JSON = JSON.encode("ascii")
 _FORM = FORM.encode("ascii")
 # Each changes how a request is read or answered, by rules that the framework's way knows. In

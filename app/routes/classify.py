@@ -1,13 +1,14 @@
 """`POST /classify` and `POST /classify/batch`."""
 
-import asyncio
 from collections.abc import Sequence
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 from pydantic_core import to_json
 
 from app import schemas
 from app.admission import BodyBudget
+from app.answers import InPieces, put_together
 from app.classifier import Classified, Classifier
 from app.documents import EXAMPLE_IMAGE, ImageDocument, read_document
 from app.errors import InvalidParameter, Problem
@@ -26,8 +27,7 @@ from app.uploads import (
 
 router = APIRouter(tags=["classify"])
 
-# Of all images of a request. Each takes some 400 bytes of memory and 2 µs, while the images
-# themselves may have come in a few kB.
+# Of all images of a request, which themselves may have come in a few kB.
 MAX_PREDICTIONS = 100_000
 
 
@@ -47,7 +47,12 @@ async def classify(request: Request, top_k: TopK = None) -> Response:
         [result] = await unless_gone(request, classifier.classify([upload], deadline))
     if isinstance(result, Problem):
         raise result
-    return json_response(classification(result, classifier, count))
+    return await put_together(
+        request,
+        deadline,
+        count,
+        lambda: json_response(classification(result, classifier, count)),
+    )
 
 
 @router.post(
@@ -79,8 +84,9 @@ async def classify_batch(request: Request, top_k: TopK = None) -> Response:
         uploads, deadline = await read_images(request, settings, budget)
         check_predictions(len(uploads), count)
         results = await unless_gone(request, classifier.classify(uploads, deadline))
-    # In a thread, for it may be thousands of predictions.
-    return await asyncio.to_thread(_batch_response, classifier, results, count)
+    make = partial(_batch_response, classifier, results, count)
+    values = len(uploads) * len(classifier.card.labels)
+    return await put_together(request, deadline, values, make)
 
 
 async def read_upload(
@@ -143,7 +149,7 @@ def model_name(classifier: Classifier) -> schemas.ModelName:
 
 def json_response(answer: object) -> Response:
     """Return one of the answers of `schemas` as it stands, past FastAPI's checks of it."""
-    return Response(to_json(answer), media_type="application/json")
+    return InPieces(to_json(answer), media_type="application/json")
 
 
 def _batch_response(

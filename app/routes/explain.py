@@ -6,6 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from app import schemas
+from app.answers import InPieces
 from app.documents import EXAMPLE_IMAGE, ImageDocument
 from app.routes.classify import json_response, model_name, read_upload
 from app.routes.openapi import BYTES, CLASSIFY_STATUSES, image_body, problems
@@ -45,7 +46,7 @@ async def explain(request: Request, index: Index = None) -> Response:
         )
         if _wants_picture(request.headers.getlist("accept")):
             picture = await unless_gone(request, explainer.overlay(upload, found, deadline))
-            return Response(picture, media_type=PNG)
+            return InPieces(picture, media_type=PNG)
     card = service.classifier.card
     return json_response(
         schemas.Explained(

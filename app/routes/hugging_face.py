@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from app.answers import put_together
 from app.documents import (
     EXAMPLE_IMAGE,
     HuggingFaceDocument,
@@ -63,10 +64,11 @@ async def classify(request: Request) -> Response:
     if isinstance(result, Problem):
         raise result
     labels = classifier.card.labels
-    predictions = best(
-        result.logits,
-        labels,
-        min(parameters.top_k or DEFAULT_TOP_K, len(labels)),
-        parameters.function_to_apply or "softmax",
-    )
-    return json_response([LabelScore(label=p["label"], score=p["score"]) for p in predictions])
+    top_k = min(parameters.top_k or DEFAULT_TOP_K, len(labels))
+
+    def make() -> Response:
+        function = parameters.function_to_apply or "softmax"
+        predictions = best(result.logits, labels, top_k, function)
+        return json_response([LabelScore(label=p["label"], score=p["score"]) for p in predictions])
+
+    return await put_together(request, deadline, top_k, make)

@@ -4,12 +4,12 @@ Encoded images go in as the BYTES tensor `image`; out come the best labels with 
 or all probabilities. https://github.com/kserve/open-inference-protocol
 """
 
-import asyncio
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from app.answers import InPieces, put_together
 from app.classifier import Classifier
 from app.documents import EXAMPLE_IMAGE, read_alone
 from app.errors import NoSuchModel, NotReady, Problem
@@ -152,7 +152,7 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
         logits.append(result.logits)
     card = classifier.card
     head = {"model_name": card.name, "model_version": card.version, "id": asked.id}
-    answer, json_length = await asyncio.to_thread(
+    make = partial(
         write_response,
         {name: value for name, value in head.items() if value is not None},
         asked.wanted,
@@ -160,9 +160,10 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
         card.labels,
         top_k,
     )
+    answer, json_length = await put_together(request, deadline, len(images) * classes, make)
     if json_length is None:
-        return Response(answer, media_type="application/json")
-    return Response(
+        return InPieces(answer, media_type="application/json")
+    return InPieces(
         answer,
         media_type="application/octet-stream",
         headers={JSON_LENGTH_HEADER: str(json_length)},

@@ -46,12 +46,15 @@ def real(tmp_path: Path) -> Start:
 def fake(tmp_path: Path) -> Start:
     """Return a function that serves a fake engine of `batch_ms` a batch."""
 
-    def start(batch_ms: float = 0, **settings: object) -> AbstractContextManager[Server]:
+    def start(
+        batch_ms: float = 0, classes: int = 3, **settings: object
+    ) -> AbstractContextManager[Server]:
         return serving(
             tmp_path / "log",
             *_flags(settings),
             module="tests.faults.observed",
             OBSERVED_BATCH_MS=str(batch_ms),
+            OBSERVED_CLASSES=str(classes),
         )
 
     return start

@@ -1,9 +1,10 @@
 """`python -m tests.faults.observed …`: mixer-serve, plus a view of its inside and faults to order.
 
-`OBSERVED_BATCH_MS` puts a fake engine of that latency in the model's place. `GET /observed` shows
-what is in flight and how many images the engine has seen; `?fault=raise`, `nan` or `none` breaks
-and mends the engine; with `fork`, no decoder can be started. `OBSERVED_KEEP_ALIVE_S` closes idle
-connections sooner; with `OBSERVED_SLICE_BYTES` a turn is over after so many.
+`OBSERVED_BATCH_MS` puts a fake engine of that latency in the model's place, with
+`OBSERVED_CLASSES`, three times some number. `GET /observed` shows what is in flight and how many
+images the engine has seen; `?fault=raise`, `nan` or `none` breaks and mends the engine; with
+`fork`, no decoder can be started. `OBSERVED_KEEP_ALIVE_S` closes idle connections sooner; with
+`OBSERVED_SLICE_BYTES` a turn is over after so many.
 """
 
 import os
@@ -22,7 +23,7 @@ from app.engine import Engine, OnnxEngine
 from app.nursery import nursery
 from app.settings import Settings
 from app.shares import Share
-from tests.fakes import FakeEngine
+from tests.fakes import FakeEngine, make_card
 from tests.processes import cpu_s
 
 
@@ -31,10 +32,14 @@ class ObservedEngine:
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         batch_ms = os.environ.get("OBSERVED_BATCH_MS")
+        classes = os.environ.get("OBSERVED_CLASSES", "3")
         self.engine: Engine = (
             OnnxEngine(*arguments, **options)
             if batch_ms is None
-            else FakeEngine(seconds=float(batch_ms) / 1000)
+            else FakeEngine(
+                make_card(tuple(f"{number:060}" for number in range(int(classes)))),
+                seconds=float(batch_ms) / 1000,
+            )
         )
         self.card, self.provider = self.engine.card, self.engine.provider
         self.threads, self.cut = self.engine.threads, self.engine.cut
@@ -112,6 +117,7 @@ def create_observed_app(settings: Settings, engine: ObservedEngine) -> FastAPI:
         return {
             "requests": admission.requests,
             "body_bytes": admission.body_bytes,
+            "answer_bytes": admission.answer_bytes,
             "images": admission.images,
             "inferred": engine.images,
             "threads": threading.active_count(),

@@ -1,0 +1,171 @@
+"""Promise 3, of answers: a long one is counted until its client has read it, or is cut off."""
+
+import base64
+import contextlib
+import json
+import socket
+import time
+
+import pytest
+
+from tests.fakes import make_image
+from tests.faults.conftest import Figure, Start
+from tests.faults.load import (
+    another_process,
+    closed_loop,
+    dial,
+    get,
+    one,
+    percentile,
+    post,
+    probe,
+    read_answer,
+)
+from tests.faults.test_bounds import encode_form, observe
+from tests.faults.test_turns import NO_LINGER
+
+CLASSES = 60_000  # so that one image's answer is more than a socket holds
+FORM = encode_form([make_image()])
+LONG = post(
+    FORM, f"/classify/batch?top_k={CLASSES}", Content_Type="multipart/form-data; boundary=b"
+)
+BASE64 = base64.b64encode(make_image()).decode()
+
+
+def document(path: str, content: object) -> bytes:
+    """Return a request with a JSON document."""
+    return post(json.dumps(content).encode(), path, Content_Type="application/json")
+
+
+ALL = {
+    "one image": post(make_image(), f"/classify?top_k={CLASSES}"),
+    "a batch": LONG,
+    "Hugging Face's": document("/", {"inputs": BASE64, "parameters": {"top_k": CLASSES}}),
+    "the inference protocol's": document(
+        "/v2/models/fake/infer",
+        {
+            "inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [BASE64]}],
+            "outputs": [{"name": "label"}],
+            "parameters": {"top_k": CLASSES},
+        },
+    ),
+}
+
+
+def unread(url: str) -> int:
+    """Return the bytes of long answers that are counted as unread."""
+    return observe(url)["answer_bytes"]
+
+
+def test_memory_of_unread_answers(fake: Start, figure: Figure) -> None:
+    """Clients that do not read long answers hold no more than the limit, and others are served."""
+    with fake(classes=CLASSES) as server:
+        length = len(one(server.url, LONG).body)
+        before = server.resident_mib()
+        held = [dial(server.url, receive_buffer=4096) for _ in range(30)]
+        for client in held:
+            client.sendall(LONG)
+        while observe(server.url)["requests"] > 64 * 2**20 // length:  # the others are refused
+            time.sleep(0.05)
+        counted = unread(server.url)
+        growth = server.resident_mib() - before
+        figure(
+            f"30 answers of {length / 1e6:.1f} MB unread: {counted / 2**20:.0f} MiB counted, "
+            f"memory grew by {growth:.0f} MiB"
+        )
+        assert 64 * 2**20 - length < counted <= 64 * 2**20
+        assert growth < 64 + 64  # one more is put together
+        refused = one(server.url, LONG)
+        assert refused.status == 429
+        assert int(refused.header("Retry-After")) >= 1
+        short = closed_loop(server.url, [post(make_image())], 4, 0.5)
+        assert {answer.status for answer in short} == {200}
+        for client in held:
+            client.close()
+        while unread(server.url):
+            time.sleep(0.01)
+        assert one(server.url, LONG).status == 200
+        assert server.resident_mib() - before < 64
+
+
+@pytest.mark.parametrize("request_", ALL.values(), ids=ALL)
+def test_long_answer(fake: Start, request_: bytes) -> None:
+    """A long answer comes whole to who reads it late, and counts until then."""
+    with fake(classes=CLASSES) as server:
+        with dial(server.url, receive_buffer=4096) as client:
+            client.sendall(request_)
+            while not (counted := unread(server.url)):
+                time.sleep(0.01)
+            time.sleep(0.1)
+            assert unread(server.url) == counted
+            head, _, body = read_answer(client).partition(b"\r\n\r\n")
+            assert b" 200 " in head
+            assert len(body) == counted
+            assert json.loads(body)
+            client.sendall(get("/livez"))  # the connection stays
+            assert b" 200 " in read_answer(client)
+        assert unread(server.url) == 0
+
+
+def test_reader_that_trickles(fake: Start, figure: Figure) -> None:
+    """A client that reads its answer a little at a time has the time of a body for all of it."""
+    with fake(classes=CLASSES, body_timeout_s=1) as server:
+        with dial(server.url, receive_buffer=65_536) as client:
+            client.sendall(LONG)
+            while not unread(server.url):
+                time.sleep(0.01)
+            began, read = time.monotonic(), 0
+            while unread(server.url):  # the socket takes another piece again and again
+                read += len(client.recv(100_000))
+                time.sleep(0.04)
+            took = time.monotonic() - began
+            with contextlib.suppress(ConnectionResetError):
+                while data := client.recv(100_000):
+                    read += len(data)
+        figure(f"cut off after {took:.2f} s, {read / 1e6:.2f} MB read")
+        assert 0.5 < took < 2
+        assert read < 7_000_000
+        with dial(server.url, receive_buffer=65_536) as client:
+            client.sendall(LONG)
+            time.sleep(0.5)
+            assert unread(server.url)
+            assert b" 200 " in read_answer(client)
+            time.sleep(1)  # the time of an answer that is read is over
+            client.sendall(get("/livez"))
+            assert b" 200 " in read_answer(client)
+
+
+def test_client_gone_with_its_answer_unread(fake: Start) -> None:
+    """What a client has not read is not held once it is gone."""
+    with fake(classes=CLASSES) as server:
+        held = [dial(server.url, receive_buffer=4096) for _ in range(4)]
+        for client in held:
+            client.sendall(LONG)
+        while unread(server.url) < 4 * 7_000_000:
+            time.sleep(0.01)
+        for client in held:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+            client.close()
+        time.sleep(0.25)
+        assert unread(server.url) == 0
+        assert observe(server.url)["requests"] == 0
+
+
+@pytest.mark.parametrize("kind", ["one image", "a batch"])
+def test_long_answers_one_after_the_other(fake: Start, figure: Figure, kind: str) -> None:
+    """Long answers leave the event loop to others, and those whose time runs out first get 504."""
+    hasty = ALL[kind].replace(b"Host: test", b"Host: test\r\nX-Request-Timeout-Ms: 500")
+    with fake(classes=CLASSES) as server, another_process() as elsewhere:
+        asking = elsewhere.submit(closed_loop, server.url, [hasty], 16, 2)
+        probes = probe(server.url, get("/livez"), 0.02, 2)
+        statuses = [answer.status for answer in asking.result()]
+        figure(
+            f"/livez p50 {percentile(probes, 0.5) * 1000:.0f} ms, "
+            f"p99 {percentile(probes, 0.99) * 1000:.0f}; {statuses.count(200)} × 200, "
+            f"{statuses.count(429)} × 429, {statuses.count(504)} × 504"
+        )
+        assert set(statuses) <= {200, 429, 504}
+        assert 200 in statuses
+        assert kind == "one image" or 504 in statuses
+        assert percentile(probes, 0.5) < 0.1
+        assert unread(server.url) == 0
