@@ -21,7 +21,7 @@ from app.uploads import unless_gone
 PIECE_BYTES = 32 * 1024
 # Put together on the event loop, in a millisecond. A prediction takes 2 µs and some 400 bytes.
 _FEW_VALUES = 500
-_WRITER = ThreadPoolExecutor(1, "writer")  # so that only one answer takes that memory
+_WRITER = ThreadPoolExecutor(1, "mixer-answer")  # so that only one answer takes that memory
 Made = TypeVar("Made")
 
 

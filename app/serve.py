@@ -2,7 +2,6 @@
 
 import ctypes
 import logging
-import os
 import socket
 import sys
 import threading
@@ -31,9 +30,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGE_BLOCK_BYTES = 4 * 2**20  # no batch: what it is stacked in would come anew each time
 # Besides connections: the listener, the event loop's own, the model, the log, closing connections.
 SPARE_DESCRIPTORS = 128
-# Besides those that settings choose: the nursery, the log, documents, spans, whoever opens the
-# model, libuv's; and asyncio's own, at most.
-SPARE_THREADS = 10 + min(32, (os.cpu_count() or 1) + 4)
+# Besides those that settings choose: the nursery, the log, documents, long answers, spans, whoever
+# opens the model, libuv's, and the one that waits for the others at the end.
+SPARE_THREADS = 12
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
