@@ -22,7 +22,7 @@ class Checkpoint:
     source: str  # file name or hub address, never a path of this machine
     checksum: str  # SHA-256 of the weights' file
     labels: tuple[str, ...] | None = None
-    is_assumed: bool = False  # the preprocessing: nothing beside the weights tells of it
+    is_assumed: bool = False  # the preprocessing: nothing in or beside the weights tells of it
     left_aside: int = 0  # tensors of training state in the file, no part of the model
 
 
@@ -88,11 +88,11 @@ def _folder(folder: Path, sha256: str | None) -> Checkpoint:
 def _timm(weights: Path, config: Path | None, source: str, sha256: str | None) -> Checkpoint:
     checksum = _checksum(weights, sha256)
     model = timm.model(tensors.read(weights))
-    published = (
-        timm.Published(timm.default_preprocessing(model), None)
-        if config is None
-        else timm.published(config, model)
-    )
+    if config is None:
+        trained = timm.as_trained(tensors.arguments(weights), model)
+        published = timm.Published(trained or timm.default_preprocessing(model), None)
+    else:
+        trained, published = None, timm.published(config, model)
     return Checkpoint(
         model=model,
         preprocessing=published.preprocessing,
@@ -100,7 +100,7 @@ def _timm(weights: Path, config: Path | None, source: str, sha256: str | None) -
         source=source,
         checksum=checksum,
         labels=published.labels,
-        is_assumed=config is None,
+        is_assumed=config is None and trained is None,
     )
 
 

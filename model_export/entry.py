@@ -27,6 +27,8 @@ def _run(command: str, module: str) -> int:
     try:
         code: int = importlib.import_module(module).main()
     except ModuleNotFoundError as error:
-        sys.stderr.write(f"{command}: {error.name} is not installed: pip install '.[export]'\n")
+        is_light = sys.argv[1:2] == ["adapt"] and error.name != "torch"
+        extra = "adapt" if is_light else "export"
+        sys.stderr.write(f"{command}: {error.name} is not installed: pip install '.[{extra}]'\n")
         return 1
     return code

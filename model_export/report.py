@@ -23,8 +23,8 @@ def conversion(report: Report, checkpoint: Checkpoint) -> str:
     ]
     if checkpoint.is_assumed:
         lines.append(
-            f"  assumed    timm's usual input for a {card.family}: no config.json says how these "
-            "weights were fed"
+            f"  assumed    timm's usual input for a {card.family}: no config.json nor "
+            "arguments of a training say how these weights were fed"
         )
     if checkpoint.left_aside:
         lines.append(f"  left aside {checkpoint.left_aside} tensors of training state")

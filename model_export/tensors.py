@@ -28,6 +28,7 @@ from model_export.errors import ExportError
 Tensors = dict[str, Tensor]
 # Float weights hardly compress (1.1 times); with a head of zeros a checkpoint may by a few times.
 MAX_EXPANSION = 20
+_TORCH = (".pth", ".tar", ".pt", ".ckpt", ".bin")
 # What training scripts keep under other names: averaged weights first, as timm and deit do.
 _STATES = ("state_dict_ema", "model_ema", "state_dict", "model")
 # What DistributedDataParallel, torch.compile and Lightning put before every name.
@@ -51,7 +52,7 @@ def read(path: Path) -> Tensors:
         ExportError: the file is damaged, hostile, or of another kind.
     """
     readers = {".npz": read_npz, ".safetensors": read_safetensors}
-    readers |= dict.fromkeys((".pth", ".tar", ".pt", ".ckpt", ".bin"), read_torch)
+    readers |= dict.fromkeys(_TORCH, read_torch)
     if path.suffix not in readers:
         raise ExportError(f"{path.name}: expected a file in {', '.join(readers)}")
     if not path.is_file():
@@ -87,20 +88,20 @@ def read_safetensors(path: Path) -> Tensors:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # no mapping
 
 
+def arguments(path: Path) -> Mapping[str, object]:
+    """Return the arguments that a training script left in its torch checkpoint, if it has any."""
+    if path.suffix not in _TORCH:
+        return {}
+    state = _load_torch(path)
+    found = state.get("args") if isinstance(state, Mapping) else None
+    return vars(found) if isinstance(found, argparse.Namespace) else {}
+
+
 def read_torch(path: Path) -> Tensors:
     """Read a torch state dict with `weights_only`, so that its pickle can build tensors alone."""
     size = path.stat().st_size
+    state = _load_torch(path)
     with _damage_as_refusal(path, "a torch checkpoint"):
-        with path.open("rb") as file:
-            zipped = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC  # as torch itself tells
-        if zipped:
-            with zipfile.ZipFile(path) as archive:  # torch stores its members uncompressed
-                _check_directory(path, archive.start_dir)
-                _check_expansion(path, sum(m.file_size for m in archive.infolist()), times=1)
-        _check_pickles(path, zipped)
-        # timm's training files keep their arguments in one: a bag of attributes, nothing more.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
         for key in _STATES:
             if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
                 state = state[key]
@@ -114,6 +115,21 @@ def read_torch(path: Path) -> Tensors:
         if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > size:
             raise ExportError(f"{path.name}: its tensors' shapes hold more bytes than the file")
     return {str(name): tensor for name, tensor in state.items()}
+
+
+def _load_torch(path: Path) -> object:
+    with _damage_as_refusal(path, "a torch checkpoint"):
+        with path.open("rb") as file:
+            zipped = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC  # as torch itself tells
+        if zipped:
+            with zipfile.ZipFile(path) as archive:  # torch stores its members uncompressed
+                _check_directory(path, archive.start_dir)
+                _check_expansion(path, sum(m.file_size for m in archive.infolist()), times=1)
+        _check_pickles(path, zipped)
+        # timm's training files keep their arguments in one: a bag of attributes, nothing more.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state: object = torch.load(path, map_location="cpu", weights_only=True)
+    return state
 
 
 def _check_pickles(path: Path, zipped: bool) -> None:

@@ -5,6 +5,7 @@ stem's is a convolution's [C, 3, P, P].
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ _HARMLESS_ARGUMENTS = {
     "img_size", "patch_size", "num_blocks", "embed_dim", "mlp_ratio", "num_classes", "in_chans",
     "drop_rate", "proj_drop_rate", "drop_path_rate", "nlhb", "global_pool",
 }  # fmt: skip
+
+
+# What train.py may be told of how images are fed.
+_FEEDING = ("crop_pct", "interpolation", "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,20 @@ def default_preprocessing(model: Mixer) -> Preprocessing:
     )
 
 
+def as_trained(arguments: Mapping[str, Any], model: Mixer) -> Preprocessing | None:
+    """Return how timm's train.py fed `model`, by its arguments, or None if they do not say.
+
+    Raises:
+        ExportError: they say what is not supported.
+    """
+    # As timm/data/config.py: what is None or empty is left to the model's default.
+    told = {name: arguments[name] for name in _FEEDING if arguments.get(name)}
+    for name in {"mean", "std"} & told.keys():
+        if isinstance(told[name], list | tuple) and len(told[name]) == 1:
+            told[name] = 3 * tuple(told[name])
+    return _preprocessing(told, model, "the checkpoint's args") if told else None
+
+
 def published(path: Path, model: Mixer) -> Published:
     """Read preprocessing and labels from the config.json at `path`, which came with `model`.
 
@@ -99,27 +118,33 @@ def published(path: Path, model: Mixer) -> Published:
     side = model.config.image_size
     if size != [3, side, side]:
         raise ExportError(f"{path}: input_size is {size}, but the weights take {[3, side, side]}")
-    default = default_preprocessing(model)
     squash = cfg.get("crop_mode") == "squash" and cfg.get("crop_pct") == 1
     if cfg.get("crop_mode", "center") != "center" and not squash:
         raise ExportError(
             f"{path}: crop_mode {cfg['crop_mode']} with crop_pct {cfg.get('crop_pct')} is not "
             "supported; expected center, or squash with 1.0"
         )
+    preprocessing = _preprocessing(cfg, model, str(path), squash=squash)
+    return Published(preprocessing, _labels(config.get("label_names") or cfg.get("label_names")))
+
+
+def _preprocessing(
+    told: Mapping[str, Any], model: Mixer, source: str, *, squash: bool = False
+) -> Preprocessing:
+    default = default_preprocessing(model)
     try:
-        preprocessing = Preprocessing(
-            image_size=side,
+        return Preprocessing(
+            image_size=model.config.image_size,
             patch_size=model.config.patch_size,
             resize="squash" if squash else "crop",
-            crop_fraction=cfg.get("crop_pct") or default.crop_fraction,
-            interpolation=cfg.get("interpolation") or default.interpolation,
-            mean=cfg.get("mean") or default.mean,
-            std=cfg.get("std") or default.std,
+            crop_fraction=told.get("crop_pct") or default.crop_fraction,
+            interpolation=told.get("interpolation") or default.interpolation,
+            mean=told.get("mean") or default.mean,
+            std=told.get("std") or default.std,
         )
     except ValidationError as error:
         first = error.errors()[0]
-        raise ExportError(f"{path}: {first['loc'][0]}: {first['msg']}") from error
-    return Published(preprocessing, _labels(config.get("label_names") or cfg.get("label_names")))
+        raise ExportError(f"{source}: {first['loc'][0]}: {first['msg']}") from error
 
 
 def _labels(names: Any) -> tuple[str, ...] | None:

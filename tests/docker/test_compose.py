@@ -45,6 +45,27 @@ def test_replicas_are_locked_down() -> None:
     assert grace_s > settings.drain_delay_s + settings.grace_s
 
 
+def test_memory_is_what_the_limits_add_up_to() -> None:
+    """Each memory limit has room for the sum in ARCHITECTURE.md, for as many decoders as CPUs."""
+    text = (DOCKER.parent / "ARCHITECTURE.md").read_text().split("and what they add up to")[1]
+    row = r"^\| \*?\*?(.+?)\*?\*? \|.*\| \*?\*?(?:about )?([\d,]+)\*?\*? \|$"
+    rows = re.findall(row, text, re.MULTILINE)
+    mib = {what: int(number.replace(",", "")) for what, number in rows}
+    total = mib.pop("sum")
+    assert abs(sum(mib.values()) - total) < 10
+    at_work = next(number for what, number in mib.items() if what.startswith("decoders at work"))
+    mixer = _services("compose.yaml")["mixer"]["deploy"]["resources"]["limits"]
+    assert mixer == {"cpus": "1", "memory": f"{_fitting(total - at_work / 2)}M"}
+    for name in ("inferenceservice.yaml", "base/deployment.yaml"):
+        limit = f"memory: {_fitting(total)}Mi"
+        assert limit in (DOCKER / "kubernetes" / name).read_text()
+
+
+def _fitting(mib: float) -> int:
+    """Return it with what may lie in /tmp, in the next whole quarter of a GiB."""
+    return -int(-(mib + 64) // 256) * 256
+
+
 def test_the_gpu_file_reserves_a_gpu() -> None:
     """compose.gpu.yaml builds the GPU image and reserves an NVIDIA device."""
     mixer = _services("compose.gpu.yaml")["mixer"]

@@ -102,15 +102,19 @@ def test_terminal_that_lacks_a_character() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "arguments"),
-    [("mixer-export", ["--help"]), ("mixer-train", ["docker", "-o", "x"])],
+    ("command", "arguments", "missing", "extra"),
+    [
+        ("mixer-export", ["--help"], "torch", "export"),
+        ("mixer-train", ["docker", "-o", "x"], "torch", "export"),
+        ("mixer-train", ["adapt", "m.onnx", "docker", "-o", "x"], "onnx", "adapt"),
+    ],
 )
-def test_torch_is_missing(command: str, arguments: list[str]) -> None:
-    """Without the extra `export` each command is one line that names it."""
+def test_extra_is_missing(command: str, arguments: list[str], missing: str, extra: str) -> None:
+    """Without the extra that it needs each command is one line that names it."""
     entry = command.replace("-", "_")
     script = (
         "import sys\n"
-        "sys.modules['torch'] = None\n"
+        f"sys.modules['{missing}'] = None\n"
         "from model_export import entry\n"
         f"sys.exit(entry.{entry}())\n"
     )
@@ -123,4 +127,4 @@ def test_torch_is_missing(command: str, arguments: list[str]) -> None:
     )
     assert result.returncode == 1
     assert result.stdout == ""
-    assert result.stderr == f"{command}: torch is not installed: pip install '.[export]'\n"
+    assert result.stderr == f"{command}: {missing} is not installed: pip install '.[{extra}]'\n"

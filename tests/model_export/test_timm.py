@@ -175,6 +175,31 @@ def test_assumed_input_is_said(
     assert f"assumed    timm's usual input for a {family}" in capsys.readouterr().out
 
 
+def test_input_of_a_training(
+    tmp_path: Path, convert: Convert, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint of timm's train.py is fed as its arguments say, where they do."""
+    weights = {"state_dict": tensors.read(FIXTURES / "timm_mixer_tiny" / "pytorch_model.bin")}
+    told = {"mean": [0.0], "std": [1.0, 0.9, 1.0], "crop_pct": 1.0, "interpolation": "bilinear"}
+    untold = {"mean": None, "std": None, "crop_pct": None, "interpolation": ""}
+    best = tmp_path / "model_best.pth.tar"
+
+    torch.save({**weights, "args": argparse.Namespace(**told)}, best)
+    card = card_of(convert(best, 5))
+    assert card.preprocessing.mean == (0.0, 0.0, 0.0)
+    assert card.preprocessing.std == (1.0, 0.9, 1.0)
+    assert (card.preprocessing.crop_fraction, card.preprocessing.interpolation) == (1, "bilinear")
+    assert "  assumed  " not in capsys.readouterr().out
+
+    torch.save({**weights, "args": argparse.Namespace(**untold)}, best)
+    assert card_of(convert(best, 5)).preprocessing.interpolation == "bicubic"
+    assert "  assumed  " in capsys.readouterr().out
+
+    torch.save({**weights, "args": argparse.Namespace(crop_pct=7.0)}, best)
+    assert main(["convert", str(best), "-o", str(tmp_path / "m.onnx")]) == 1
+    assert "the checkpoint's args: crop_fraction: " in capsys.readouterr().err
+
+
 Refuse = Callable[..., str]
 
 
