@@ -42,6 +42,7 @@ class Admission:
         self._latency = latency
         self.requests = 0
         self.body_bytes = 0
+        self.answer_images = 0  # of long ones, until they are put together
         self.answer_bytes = 0  # of long ones, until they are read
         self.images = 0  # admitted and not yet answered
 
@@ -87,6 +88,21 @@ class Admission:
             yield budget
         finally:
             budget.close()
+
+    @contextmanager
+    def answering(self, images: int) -> Iterator[None]:
+        """Count images that are held until their answer is put together; those of one are taken.
+
+        Raises:
+            QueueFull: they would be more than the queue itself may hold.
+        """
+        if self.answer_images and self.answer_images + images > self._settings.queue_size:
+            raise self._full("Too many long answers wait to be put together.", "answers")
+        self.answer_images += images
+        try:
+            yield
+        finally:
+            self.answer_images -= images
 
     @contextmanager
     def answer(self, size: int) -> Iterator[None]:

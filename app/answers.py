@@ -21,30 +21,40 @@ from app.uploads import unless_gone
 PIECE_BYTES = 32 * 1024
 # Put together on the event loop, in a millisecond. A prediction takes 2 µs and some 400 bytes.
 _FEW_VALUES = 500
+# A batch waits for its images until the deadline, and answers for those that are late with 504.
+_LATE_S, _LAST_S = 0.05, 1.0
 _WRITER = ThreadPoolExecutor(1, "mixer-answer")  # so that only one answer takes that memory
 Made = TypeVar("Made")
 
 
 async def put_together(
-    request: Request, deadline: float, values: int, make: Callable[[], Made]
+    request: Request, deadline: float, images: int, values: int, make: Callable[[], Made]
 ) -> Made:
     """Return what `make` makes of so many values; of many in a thread, one answer after the other.
 
     `values` are those it answers with, or looks through for several images' best. `deadline` is in
-    seconds of `time.monotonic()`.
+    seconds of `time.monotonic()`; an answer that is complete only then has a last second.
 
     Raises:
+        QueueFull: those that wait hold too many images.
         DeadlineExceeded: its time ran out, maybe behind the answers to others.
         ClientDisconnect: the client has gone.
     """
     if values <= _FEW_VALUES:
         return make()
-    made = asyncio.get_running_loop().run_in_executor(_WRITER, make)
+    service: Service = request.app.state.service
+    waiting = [make]  # the executor keeps what was cancelled until its turn would have come
+    left_s = deadline - time.monotonic()
+    patience_s = left_s if left_s > _LATE_S else _LAST_S
     try:
-        async with asyncio.timeout(deadline - time.monotonic()):
-            return await unless_gone(request, made)
+        with service.admission.answering(images):
+            made = asyncio.get_running_loop().run_in_executor(_WRITER, lambda: waiting.pop()())
+            async with asyncio.timeout(patience_s):
+                return await unless_gone(request, made)
     except TimeoutError:
         raise DeadlineExceeded("The request's time ran out before its answer was ready.") from None
+    finally:
+        waiting.clear()
 
 
 class InPieces(Response):

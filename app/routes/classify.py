@@ -45,14 +45,15 @@ async def classify(request: Request, top_k: TopK = None) -> Response:
     with service.admission.body() as budget:
         upload, deadline = await read_upload(request, settings, budget)
         [result] = await unless_gone(request, classifier.classify([upload], deadline))
-    if isinstance(result, Problem):
-        raise result
-    return await put_together(
-        request,
-        deadline,
-        count,
-        lambda: json_response(classification(result, classifier, count)),
-    )
+        if isinstance(result, Problem):
+            raise result
+        return await put_together(
+            request,
+            deadline,
+            1,
+            count,
+            lambda: json_response(classification(result, classifier, count)),
+        )
 
 
 @router.post(
@@ -84,9 +85,9 @@ async def classify_batch(request: Request, top_k: TopK = None) -> Response:
         uploads, deadline = await read_images(request, settings, budget)
         check_predictions(len(uploads), count)
         results = await unless_gone(request, classifier.classify(uploads, deadline))
-    make = partial(_batch_response, classifier, results, count)
-    values = len(uploads) * len(classifier.card.labels)
-    return await put_together(request, deadline, values, make)
+        make = partial(_batch_response, classifier, results, count)
+        values = len(uploads) * len(classifier.card.labels)
+        return await put_together(request, deadline, len(uploads), values, make)
 
 
 async def read_upload(

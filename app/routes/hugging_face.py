@@ -61,14 +61,16 @@ async def classify(request: Request) -> Response:
         else:
             upload, deadline = await read_image(request, settings, budget)
         [result] = await unless_gone(request, classifier.classify([upload], deadline))
-    if isinstance(result, Problem):
-        raise result
-    labels = classifier.card.labels
-    top_k = min(parameters.top_k or DEFAULT_TOP_K, len(labels))
+        if isinstance(result, Problem):
+            raise result
+        labels = classifier.card.labels
+        top_k = min(parameters.top_k or DEFAULT_TOP_K, len(labels))
 
-    def make() -> Response:
-        function = parameters.function_to_apply or "softmax"
-        predictions = best(result.logits, labels, top_k, function)
-        return json_response([LabelScore(label=p["label"], score=p["score"]) for p in predictions])
+        def make() -> Response:
+            function = parameters.function_to_apply or "softmax"
+            predictions = best(result.logits, labels, top_k, function)
+            return json_response(
+                [LabelScore(label=p["label"], score=p["score"]) for p in predictions]
+            )
 
-    return await put_together(request, deadline, top_k, make)
+        return await put_together(request, deadline, 1, top_k, make)

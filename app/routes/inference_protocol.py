@@ -145,22 +145,23 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
         each = sum(values_each(output, classes, top_k) for output in asked.wanted)
         check_predictions(len(images), each)
         results = await unless_gone(request, classifier.classify(images, deadline))
-    logits = []
-    for result in results:
-        if isinstance(result, Problem):
-            raise result
-        logits.append(result.logits)
-    card = classifier.card
-    head = {"model_name": card.name, "model_version": card.version, "id": asked.id}
-    make = partial(
-        write_response,
-        {name: value for name, value in head.items() if value is not None},
-        asked.wanted,
-        logits,
-        card.labels,
-        top_k,
-    )
-    answer, json_length = await put_together(request, deadline, len(images) * classes, make)
+        logits = []
+        for result in results:
+            if isinstance(result, Problem):
+                raise result
+            logits.append(result.logits)
+        card = classifier.card
+        head = {"model_name": card.name, "model_version": card.version, "id": asked.id}
+        make = partial(
+            write_response,
+            {name: value for name, value in head.items() if value is not None},
+            asked.wanted,
+            logits,
+            card.labels,
+            top_k,
+        )
+        values = len(images) * classes
+        answer, json_length = await put_together(request, deadline, len(images), values, make)
     if json_length is None:
         return InPieces(answer, media_type="application/json")
     return InPieces(

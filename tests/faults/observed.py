@@ -117,6 +117,7 @@ def create_observed_app(settings: Settings, engine: ObservedEngine) -> FastAPI:
         return {
             "requests": admission.requests,
             "body_bytes": admission.body_bytes,
+            "answer_images": admission.answer_images,
             "answer_bytes": admission.answer_bytes,
             "images": admission.images,
             "inferred": engine.images,

@@ -8,6 +8,10 @@ import time
 
 import pytest
 
+from app.admission import Admission
+from app.errors import QueueFull
+from app.latency import LatencyTable
+from app.settings import Settings
 from tests.fakes import make_image
 from tests.faults.conftest import Figure, Start
 from tests.faults.load import (
@@ -169,3 +173,59 @@ def test_long_answers_one_after_the_other(fake: Start, figure: Figure, kind: str
         assert kind == "one image" or 504 in statuses
         assert percentile(probes, 0.5) < 0.1
         assert unread(server.url) == 0
+
+
+def test_uploads_behind_long_answers(fake: Start, figure: Figure) -> None:
+    """Bodies stay counted while their answer waits for others to be put together."""
+    junk = post(
+        encode_form([b"x" * 5_000_000]),
+        "/classify/batch",
+        Content_Type="multipart/form-data; boundary=b",
+    )
+    with fake(classes=CLASSES) as server:
+        held = [dial(server.url) for _ in range(10)]
+        for client, request in zip(held, [LONG] * 6 + [junk] * 4, strict=True):
+            client.sendall(request)
+        counted = []
+        while observe(server.url)["requests"]:
+            now = observe(server.url)
+            if now["answer_images"] > 1:
+                counted.append(now["body_bytes"])
+            if now["answer_bytes"] and not now["answer_images"]:
+                break
+        answers = [read_answer(client) for client in held]
+        for client in held:
+            client.close()
+        figure(f"at most {max(counted) / 1e6:.0f} MB counted")
+        assert all(b" 200 " in answer[:20] for answer in answers)
+        assert max(counted) >= 5_000_000
+
+
+def test_images_of_long_answers() -> None:
+    """Images whose answer waits are as many as the queue holds, or those of one answer."""
+    admission = Admission(Settings(queue_size=10), LatencyTable(16, 2))
+    with admission.answering(20), pytest.raises(QueueFull), admission.answering(1):
+        pass
+    with admission.answering(9), admission.answering(1):
+        assert admission.answer_images == 10
+    assert admission.answer_images == 0
+
+
+def test_late_images_of_a_long_answer(fake: Start) -> None:
+    """A batch of which some images are late is answered with the others, however many classes."""
+    request = post(
+        encode_form([make_image()] * 16),
+        "/classify/batch",
+        Content_Type="multipart/form-data; boundary=b",
+        X_Request_Timeout_Ms="1200",
+    )
+    with fake(classes=999, max_batch=4, decode_threads=1) as server:
+        assert one(server.url, request).status == 200
+        one(server.url, get("/observed?slower_ms=500"))
+        answer = one(server.url, request)
+        assert answer.status == 200
+        late = [
+            result.get("problem", {}).get("status") for result in json.loads(answer.body)["results"]
+        ]
+        assert late.count(504) > 0
+        assert late.count(None) > 0
