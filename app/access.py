@@ -34,6 +34,7 @@ SECURITY_HEADERS = {
 }
 REQUEST_ID_HEADER = "X-Request-ID"
 UNMATCHED = "unmatched"  # the route of a request for something that is not there
+PAGE = "page"  # GET /, where POST / classifies
 _SECURITY = [
     (name.lower().encode("ascii"), value.encode("ascii"))
     for name, value in SECURITY_HEADERS.items()
@@ -115,6 +116,8 @@ class Access:
 
     def _route(self, scope: Scope) -> str:
         """Return the template that the request met, or would have met but for the door."""
+        if scope["path"] == "/" and scope["method"] != "POST":
+            return PAGE
         route = scope.get("route")
         if isinstance(route, Route):
             return route.path

@@ -22,8 +22,10 @@ _HEADROOM = 0.7
 # come again at once would take the very cores that it runs on. Decoding has no batches to fill: it
 # has to keep within the budget.
 _BATCHES_TAKEN = 4
-# Long answers that their clients have not read yet: eight of the longest, for 30 s at most.
+# Long answers that their clients have not read yet, for 30 s at most. The last quarter is for those
+# of batches of ordinary models: six of the longest, 8 MB each, leave no room for another of those.
 _MAX_ANSWER_BYTES = 64 * 2**20
+_LARGE_ANSWER_BYTES = 2**20
 
 
 class Refusal(NamedTuple):
@@ -111,7 +113,8 @@ class Admission:
         Raises:
             QueueFull: all of them together would be over the limit.
         """
-        if self.answer_bytes and self.answer_bytes + size > _MAX_ANSWER_BYTES:
+        quarters = 3 if size > _LARGE_ANSWER_BYTES else 4
+        if self.answer_bytes and self.answer_bytes + size > _MAX_ANSWER_BYTES * quarters // 4:
             raise self._full("Too many long answers wait to be read.", "answers")
         self.answer_bytes += size
         try:

@@ -6,7 +6,7 @@ the request for it 34 kB.
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -25,12 +25,13 @@ _FEW_VALUES = 500
 _LATE_S, _LAST_S = 0.05, 1.0
 _WRITER = ThreadPoolExecutor(1, "mixer-answer")  # so that only one answer takes that memory
 Made = TypeVar("Made")
+Steps = Generator[None, None, Made]  # yields wherever it may be given up, returns what it has made
 
 
 async def put_together(
-    request: Request, deadline: float, images: int, values: int, make: Callable[[], Made]
+    request: Request, deadline: float, images: int, values: int, steps: Steps[Made]
 ) -> Made:
-    """Return what `make` makes of so many values; of many in a thread, one answer after the other.
+    """Return what `steps` make of so many values; of many in a thread, one answer after the other.
 
     `values` are those it answers with, or looks through for several images' best. `deadline` is in
     seconds of `time.monotonic()`; an answer that is complete only then has a last second.
@@ -41,24 +42,54 @@ async def put_together(
         ClientDisconnect: the client has gone.
     """
     if values <= _FEW_VALUES:
-        return make()
+        return _finish([steps])
     service: Service = request.app.state.service
-    waiting = [make]  # the executor keeps what was cancelled until its turn would have come
+    wanted = [steps]  # the executor keeps what was cancelled until its turn would have come
     left_s = deadline - time.monotonic()
     patience_s = left_s if left_s > _LATE_S else _LAST_S
     try:
         with service.admission.answering(images):
-            made = asyncio.get_running_loop().run_in_executor(_WRITER, lambda: waiting.pop()())
+            made = asyncio.get_running_loop().run_in_executor(_WRITER, _finish, wanted)
             async with asyncio.timeout(patience_s):
                 return await unless_gone(request, made)
     except TimeoutError:
         raise DeadlineExceeded("The request's time ran out before its answer was ready.") from None
     finally:
-        waiting.clear()
+        wanted.clear()
+
+
+def _finish(wanted: list[Steps[Made]]) -> Made:
+    """Return what the one that is wanted makes.
+
+    Raises:
+        CancelledError: it is no longer wanted; nobody waits to see this.
+    """
+    for steps in wanted:  # looked at before each step
+        try:
+            while wanted:
+                next(steps)
+        except StopIteration as done:
+            made: Made = done.value
+            return made
+    raise asyncio.CancelledError
 
 
 class InPieces(Response):
-    """An answer that, if it is long, keeps its request's place until the client has read it."""
+    """An answer that, if it is long, keeps its request's place until the client has read it.
+
+    One that is shared is the same bytes for everybody, and counts for nobody.
+    """
+
+    def __init__(
+        self,
+        body: bytes,
+        media_type: str,
+        headers: dict[str, str] | None = None,
+        *,
+        is_shared: bool = False,
+    ) -> None:
+        super().__init__(body, headers=headers, media_type=media_type)
+        self._counted_bytes = 0 if is_shared else len(body)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it.
@@ -70,7 +101,7 @@ class InPieces(Response):
             await super().__call__(scope, receive, send)
             return
         service: Service = scope["app"].state.service
-        with service.admission.answer(len(self.body)):
+        with service.admission.answer(self._counted_bytes):
             await send(
                 {
                     "type": "http.response.start",

@@ -56,6 +56,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     latency = LatencyTable(settings.max_batch, settings.decode_threads)
     warm_up(engine, settings.max_batch, latency)
     measures.show_model(engine.card, engine.provider)
+    described = model.model_info(engine.card, engine.provider)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -66,7 +67,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         classifier = Classifier(engine, settings, latency, admission, measures)
         explainer = Explainer(classifier, settings, latency)
         app.state.service = Service(
-            settings, admission, classifier, explainer, measures, keys, spans
+            settings, admission, classifier, explainer, measures, keys, spans, described
         )
         yield
         app.state.service.draining = True
@@ -123,7 +124,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     app.add_middleware(
         Access,
         metrics=measures,
-        routes=routes,
+        routes=[*app.routes, *routes],
         spans=spans,
     )
     return app

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from operator import itemgetter
 from typing import Literal
 
@@ -23,6 +23,14 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return exponents / float(exponents.sum())
 
 
+def ranked(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Return the indices [count] of the highest logits, best first; ties by the lower index."""
+    lowest = np.partition(logits, -count)[-count]
+    [found] = (logits >= lowest).nonzero()  # by index; more than `count` if some share the last
+    order: NDArray[np.int64] = found[np.argsort(-logits[found], kind="stable")][:count]
+    return order
+
+
 def best(
     logits: NDArray[np.float32],
     labels: tuple[str, ...],
@@ -31,26 +39,16 @@ def best(
 ) -> list[Prediction]:
     """Return the `top_k` labels of the highest scores, best first; ties by the lower index."""
     # No function changes the order of the logits, so only what is answered needs a score.
-    pairs = _highest(logits, top_k) if len(logits) > _FEW_CLASSES else _all_of(logits)
-    found = sorted(pairs, key=itemgetter(0), reverse=True)[:top_k]  # keeps the order of equals
+    if len(logits) > _FEW_CLASSES:
+        order = ranked(logits, top_k)
+        found = list(zip(logits[order].tolist(), order.tolist(), strict=True))
+    else:  # sorted() keeps the order of equals
+        all_of = zip(logits.tolist(), itertools.count())
+        found = sorted(all_of, key=itemgetter(0), reverse=True)[:top_k]
     score = _softmax_of(logits, found[0][0]) if function == "softmax" else _SCORES[function]
     return [
         Prediction(label=labels[index], index=index, score=score(logit)) for logit, index in found
     ]
-
-
-def _all_of(logits: NDArray[np.float32]) -> Iterable[tuple[float, int]]:
-    """Return each logit with its index."""
-    return zip(logits.tolist(), itertools.count())
-
-
-def _highest(logits: NDArray[np.float32], top_k: int) -> Iterable[tuple[float, int]]:
-    """Return the `top_k` highest logits with their indices, in no order."""
-    lowest = np.partition(logits, -top_k)[-top_k]
-    [indices] = (logits >= lowest).nonzero()
-    if len(indices) > top_k:  # several share the last place
-        indices = np.argsort(-logits, kind="stable")[:top_k]
-    return zip(logits[indices].tolist(), indices.tolist(), strict=True)
 
 
 def _softmax_of(logits: NDArray[np.float32], highest: float) -> Callable[[float], float]:

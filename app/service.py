@@ -23,6 +23,7 @@ class Service:
     metrics: Metrics
     keys: ApiKeys | None  # whoever has one of them may ask; None: everybody
     spans: Spans | None  # where they are exported
+    model_info: bytes  # the answer of GET /model
     draining: bool = False  # told to stop: still serving, but no longer ready
     turns: Turns = field(default_factory=Turns)  # of bodies that are slow to read
 

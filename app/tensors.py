@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 from pydantic_core import to_json
 
+from app.answers import Steps
 from app.documents import decode_base64, parse_document
 from app.errors import InvalidParameter, TooManyImages
-from app.predictions import softmax
+from app.predictions import ranked, softmax
 
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 IMAGE, LABEL, INDEX, SCORE, PROBABILITIES = "image", "label", "index", "score", "probabilities"
@@ -99,17 +100,24 @@ def write_response(
     logits: Sequence[NDArray[np.float32]],
     labels: tuple[str, ...],
     top_k: int,
-) -> tuple[bytes, int | None]:
+) -> Steps[tuple[bytes, int | None]]:
     """Return the body, and the length of its JSON if tensors follow in binary.
 
     `logits` are those of each image, float32 [classes].
     """
+    texts = np.array(labels, object)
+    counts = [values_each(output, len(labels), top_k) for output in wanted]
+    rows: list[list[NDArray[Any]]] = [[] for _ in wanted]
+    for image in logits:  # of a thousand with thousands of classes only the best are kept
+        yield
+        probabilities, order = softmax(image), ranked(image, max(counts))
+        for output, count, row in zip(wanted, counts, rows, strict=True):
+            row.append(_values(output, probabilities, order[:count], texts))
     outputs, tail = [], []
-    for output in wanted:
-        datatype = _DATATYPES[output.name]
-        values = _values(output, logits, labels, top_k)  # [images, top_k or classes]
-        if values.dtype == object:
-            datatype = "BYTES"
+    for output, stack in zip(wanted, rows, strict=True):
+        yield
+        values = np.stack(stack)  # [images, top_k or classes]
+        datatype = "BYTES" if values.dtype == object else _DATATYPES[output.name]
         tensor: dict[str, Any] = {
             "name": output.name,
             "datatype": datatype,
@@ -128,32 +136,22 @@ def write_response(
 
 def _values(
     output: OutputRequest,
-    logits: Sequence[NDArray[np.float32]],
-    labels: tuple[str, ...],
-    top_k: int,
+    probabilities: NDArray[np.float64],
+    order: NDArray[np.int64],
+    texts: NDArray[np.object_],
 ) -> NDArray[Any]:
-    """Return one output's values [images, …]; texts as objects."""
-    count = values_each(output, len(labels), top_k)
-    if output.name == PROBABILITIES and "classification" not in output.parameters:
-        return np.stack([softmax(row).astype("<f4") for row in logits])
-    # Image by image: of a thousand images with thousands of classes only the best are kept.
-    orders, scores = [], []
-    for row in map(softmax, logits):
-        order = np.argsort(-row, kind="stable")[:count]
-        orders.append(order.astype("<i8"))
-        scores.append(row[order].astype("<f4"))
+    """Return one output's values for one image of which `order` are the best; texts as objects."""
     if output.name == INDEX:
-        return np.stack(orders)
-    if output.name == SCORE:
-        return np.stack(scores)
+        return order.astype("<i8")
     if output.name == LABEL:
-        best: NDArray[Any] = np.array(labels, object)[np.stack(orders)]
+        best: NDArray[Any] = texts[order]
         return best
-    texts = [
-        [f"{s:f}:{i}:{labels[i]}" for s, i in zip(row, ids, strict=True)]
-        for row, ids in zip(scores, orders, strict=True)
-    ]
-    return np.array(texts, object)
+    if output.name == SCORE:
+        return probabilities[order].astype("<f4")
+    if "classification" not in output.parameters:
+        return probabilities.astype("<f4")
+    scored = zip(probabilities[order], order, texts[order], strict=True)
+    return np.array([f"{score:f}:{index}:{text}" for score, index, text in scored], object)
 
 
 def values_each(output: OutputRequest, classes: int, top_k: int) -> int:

@@ -1,14 +1,13 @@
 """`POST /classify` and `POST /classify/batch`."""
 
 from collections.abc import Sequence
-from functools import partial
 
 from fastapi import APIRouter, Request, Response
 from pydantic_core import to_json
 
 from app import schemas
 from app.admission import BodyBudget
-from app.answers import InPieces, put_together
+from app.answers import InPieces, Steps, put_together
 from app.classifier import Classified, Classifier
 from app.documents import EXAMPLE_IMAGE, ImageDocument, read_document
 from app.errors import InvalidParameter, Problem
@@ -47,13 +46,8 @@ async def classify(request: Request, top_k: TopK = None) -> Response:
         [result] = await unless_gone(request, classifier.classify([upload], deadline))
         if isinstance(result, Problem):
             raise result
-        return await put_together(
-            request,
-            deadline,
-            1,
-            count,
-            lambda: json_response(classification(result, classifier, count)),
-        )
+        steps = _answer(classifier, result, count)
+        return await put_together(request, deadline, 1, count, steps)
 
 
 @router.post(
@@ -85,9 +79,9 @@ async def classify_batch(request: Request, top_k: TopK = None) -> Response:
         uploads, deadline = await read_images(request, settings, budget)
         check_predictions(len(uploads), count)
         results = await unless_gone(request, classifier.classify(uploads, deadline))
-        make = partial(_batch_response, classifier, results, count)
+        steps = _batch_answer(classifier, results, count)
         values = len(uploads) * len(classifier.card.labels)
-        return await put_together(request, deadline, len(uploads), values, make)
+        return await put_together(request, deadline, len(uploads), values, steps)
 
 
 async def read_upload(
@@ -153,23 +147,29 @@ def json_response(answer: object) -> Response:
     return InPieces(to_json(answer), media_type="application/json")
 
 
-def _batch_response(
+def _answer(classifier: Classifier, result: Classified, top_k: int) -> Steps[Response]:
+    yield
+    return json_response(classification(result, classifier, top_k))
+
+
+def _batch_answer(
     classifier: Classifier, results: Sequence[Classified | Problem], top_k: int
-) -> Response:
-    return json_response(
-        schemas.BatchClassification(
-            model=model_name(classifier),
-            results=[
-                schemas.Failed(problem=result.body())
-                if isinstance(result, Problem)
-                else schemas.Classified(
-                    image=_image_info(result),
-                    predictions=best(result.logits, classifier.card.labels, top_k),
-                )
-                for result in results
-            ],
+) -> Steps[Response]:
+    written = []
+    for result in results:
+        yield
+        one = (
+            schemas.Failed(problem=result.body())
+            if isinstance(result, Problem)
+            else schemas.Classified(
+                image=_image_info(result),
+                predictions=best(result.logits, classifier.card.labels, top_k),
+            )
         )
-    )
+        written.append(to_json(one))  # all at once would hold the GIL for 60 ms
+    head = to_json({"model": model_name(classifier)}).removesuffix(b"}")
+    body = b"".join([head, b',"results":[', b",".join(written), b"]}"])
+    return InPieces(body, media_type="application/json")
 
 
 def _image_info(result: Classified) -> schemas.ImageInfo:

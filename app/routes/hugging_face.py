@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from app.answers import put_together
+from app.answers import Steps, put_together
 from app.documents import (
     EXAMPLE_IMAGE,
     HuggingFaceDocument,
@@ -66,11 +66,12 @@ async def classify(request: Request) -> Response:
         labels = classifier.card.labels
         top_k = min(parameters.top_k or DEFAULT_TOP_K, len(labels))
 
-        def make() -> Response:
+        def steps() -> Steps[Response]:
+            yield
             function = parameters.function_to_apply or "softmax"
             predictions = best(result.logits, labels, top_k, function)
             return json_response(
                 [LabelScore(label=p["label"], score=p["score"]) for p in predictions]
             )
 
-        return await put_together(request, deadline, 1, top_k, make)
+        return await put_together(request, deadline, 1, top_k, steps())

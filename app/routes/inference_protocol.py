@@ -152,8 +152,7 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
             logits.append(result.logits)
         card = classifier.card
         head = {"model_name": card.name, "model_version": card.version, "id": asked.id}
-        make = partial(
-            write_response,
+        steps = write_response(
             {name: value for name, value in head.items() if value is not None},
             asked.wanted,
             logits,
@@ -161,7 +160,7 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
             top_k,
         )
         values = len(images) * classes
-        answer, json_length = await put_together(request, deadline, len(images), values, make)
+        answer, json_length = await put_together(request, deadline, len(images), values, steps)
     if json_length is None:
         return InPieces(answer, media_type="application/json")
     return InPieces(

@@ -48,13 +48,23 @@ class TestMetrics:
         client.post("/classify", content=b"hello")
         client.get("/classify")
         client.get("/nowhere/photo.jpg")
+        client.get("/openapi.json")
         found = scrape(client)
         assert found["requests_total[outcome=ok][route=/classify][status=200]"] == 1
         assert found["requests_total[outcome=unsupported-format][route=/classify][status=415]"] == 1
         assert found["requests_total[outcome=method-not-allowed][route=/classify][status=405]"] == 1
         assert found["requests_total[outcome=not-found][route=unmatched][status=404]"] == 1
+        assert found["requests_total[outcome=ok][route=/openapi.json][status=200]"] == 1
         assert not any("photo.jpg" in name for name in found)
         assert found["request_seconds_count[route=/classify]"] == 3
+
+    def test_visits_of_the_page(self, client: TestClient) -> None:
+        """Who opens the page does not count among those who classify at the same address."""
+        client.get("/")
+        client.post("/", content=make_image())
+        found = scrape(client)
+        assert found["requests_total[outcome=ok][route=page][status=200]"] == 1
+        assert found["requests_total[outcome=ok][route=/][status=200]"] == 1
 
     def test_images_and_batches(self, serve: Serve) -> None:
         """Stages are counted for each image, batches and inferences for each batch."""
