@@ -37,6 +37,8 @@ _HARMLESS_ARGUMENTS = {
 
 # What train.py may be told of how images are fed.
 _FEEDING = ("crop_pct", "interpolation", "mean", "std")
+# The input of timm's mixer_b16_224.miil_*, the ones that differ from their family's.
+_MIIL = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear"}
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,9 @@ def as_trained(arguments: Mapping[str, Any], model: Mixer) -> Preprocessing | No
     Raises:
         ExportError: they say what is not supported.
     """
-    # As timm/data/config.py: what is None or empty is left to the model's default.
-    told = {name: arguments[name] for name in _FEEDING if arguments.get(name)}
+    # As timm/data/config.py: what is None or empty is left to the default of the model's name.
+    told = dict(_MIIL) if "_miil" in str(arguments.get("model")).replace(".", "_") else {}
+    told |= {name: arguments[name] for name in _FEEDING if arguments.get(name)}
     for name in {"mean", "std"} & told.keys():
         if isinstance(told[name], list | tuple) and len(told[name]) == 1:
             told[name] = 3 * tuple(told[name])

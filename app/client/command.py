@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--retries",
-        type=positive,
+        type=number_within(int, 0, 1_000_000),
         default=10,
         help="how often a busy or unreachable server is asked again (default: 10)",
     )

@@ -404,14 +404,15 @@ def test_waits_where_many_come_back(monkeypatch: pytest.MonkeyPatch, slept: Asyn
     assert waits == [1, 1, 2, 4, 4, 4, 4, 4, 4]
 
 
-def test_patience_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize("retries", [0, 1])
+def test_patience_ends(tmp_path: Path, retries: int) -> None:
     """After its retries an image that found no place is a row with the reason."""
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     with busy_server(refusals=99) as (url, asked):
-        done = run(url, tmp_path, "--format", "jsonl", "--retries", 1)
+        done = run(url, tmp_path, "--format", "jsonl", "--retries", retries)
     assert done.returncode == 1
     assert "busy" in done.stdout
-    assert len(asked) == 2
+    assert len(asked) == 1 + retries
 
 
 def test_concurrency_is_bounded(tmp_path: Path) -> None:

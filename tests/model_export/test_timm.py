@@ -181,7 +181,13 @@ def test_input_of_a_training(
     """A checkpoint of timm's train.py is fed as its arguments say, where they do."""
     weights = {"state_dict": tensors.read(FIXTURES / "timm_mixer_tiny" / "pytorch_model.bin")}
     told = {"mean": [0.0], "std": [1.0, 0.9, 1.0], "crop_pct": 1.0, "interpolation": "bilinear"}
-    untold = {"mean": None, "std": None, "crop_pct": None, "interpolation": ""}
+    untold = {
+        "model": "mixer_b16_224",
+        "mean": None,
+        "std": None,
+        "crop_pct": None,
+        "interpolation": "",
+    }
     best = tmp_path / "model_best.pth.tar"
 
     torch.save({**weights, "args": argparse.Namespace(**told)}, best)
@@ -194,6 +200,16 @@ def test_input_of_a_training(
     torch.save({**weights, "args": argparse.Namespace(**untold)}, best)
     assert card_of(convert(best, 5)).preprocessing.interpolation == "bicubic"
     assert "  assumed  " in capsys.readouterr().out
+
+    miil = {**untold, "model": "mixer_b16_224.miil_in21k_ft_in1k", "std": [0.5]}
+    torch.save({**weights, "args": argparse.Namespace(**miil)}, best)
+    card = card_of(convert(best, 5))
+    assert card.preprocessing.mean == (0.0, 0.0, 0.0)
+    assert card.preprocessing.std == (0.5, 0.5, 0.5)
+    assert (card.preprocessing.crop_fraction, card.preprocessing.interpolation) == (
+        0.875,
+        "bilinear",
+    )
 
     torch.save({**weights, "args": argparse.Namespace(crop_pct=7.0)}, best)
     assert main(["convert", str(best), "-o", str(tmp_path / "m.onnx")]) == 1
