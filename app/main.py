@@ -86,7 +86,8 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         summary="Classifies images with a trained MLP-Mixer.",
         version="0.1.0",
         lifespan=lifespan,
-        docs_url=None,  # pages.py serves both, without a foreign host
+        openapi_url=None,  # pages.py serves all three, and renders the first once
+        docs_url=None,  # without a foreign host
         redoc_url=None,
         redirect_slashes=False,  # behind TLS it would send image and key once more, in the clear
         # The framework's own would look for a provider on every request; ours is in spans.py.
@@ -124,7 +125,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     app.add_middleware(
         Access,
         metrics=measures,
-        routes=[*app.routes, *routes],
+        routes=routes,
         spans=spans,
     )
     return app

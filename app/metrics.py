@@ -4,6 +4,8 @@ Counters and histograms are fed as requests pass; what is a state (depths, readi
 the scrape and costs the requests nothing.
 """
 
+import asyncio
+import time
 from collections.abc import Callable
 
 from prometheus_client import (
@@ -29,6 +31,8 @@ _RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 _REFUSALS = frozenset({401, 408, 413, 429, 431, 503, 504})
 # Of these, the ones that took what a request takes.
 _WAITED = frozenset({408, 504})
+# Between two scrapes, each of which takes the event loop some milliseconds.
+_REST_S = 0.1
 # The route of what never became a request: when it began nobody has noted.
 UNPARSED = "unparsed"
 
@@ -38,6 +42,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._scrape: asyncio.Task[bytes] | None = None  # the next one
+        self._rests_until = 0.0  # time.monotonic() seconds
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         self._requests = self._counter(
@@ -122,9 +128,21 @@ class Metrics:
         )
         info.labels(card.name, card.version, card.variant, card.precision, provider).set(1)
 
-    def render(self) -> bytes:
-        """Return everything in Prometheus' text format 0.0.4."""
-        return generate_latest(self._registry)
+    async def scrape(self) -> bytes:
+        """Return everything in Prometheus' text format 0.0.4, as it is after the call.
+
+        Whoever asks while others wait gets the same text: a thousand who ask take no more than one.
+        """
+        if self._scrape is None:
+            self._scrape = asyncio.create_task(self._render())
+        return await asyncio.shield(self._scrape)
+
+    async def _render(self) -> bytes:
+        await asyncio.sleep(self._rests_until - time.monotonic())
+        self._scrape = None
+        text = generate_latest(self._registry)
+        self._rests_until = time.monotonic() + _REST_S
+        return text
 
     def _counter(self, name: str, text: str, *labels: str) -> Tally:
         return Tally(self._registry, f"mixer_{name}", text, *labels)

@@ -26,10 +26,14 @@ from app.start import end_when_told, open_standard_streams
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048  # connections that wait to be accepted, as uvicorn's own
+# libuv accepts one connection from a listener in each round of the event loop, and under a thousand
+# busy connections a round is long: a probe that dials anew would wait for seconds. So there are
+# some descriptors of the one listener.
+ACCEPTS_PER_ROUND = 32
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGE_BLOCK_BYTES = 4 * 2**20  # no batch: what it is stacked in would come anew each time
-# Besides connections: the listener, the event loop's own, the model, the log, closing connections.
-SPARE_DESCRIPTORS = 128
+# Besides connections: the listeners, the event loop's own, the model, the log, closing connections.
+SPARE_DESCRIPTORS = 160
 # Besides those that settings choose: the nursery, the log, documents, long answers, spans, whoever
 # opens the model, libuv's, and the one that waits for the others at the end.
 SPARE_THREADS = 12
@@ -79,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"[{host}]" if ":" in host else host,
         port,
     )
-    DrainingServer(app, settings).run(sockets=[listener])
+    others = [listener.dup() for _ in range(ACCEPTS_PER_ROUND - 1)]
+    DrainingServer(app, settings).run(sockets=[listener, *others])
     return 0
 
 

@@ -3,6 +3,9 @@
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
+from app.answers import InPieces
+from app.service import Service
+
 router = APIRouter(tags=["health"])
 
 
@@ -13,4 +16,6 @@ router = APIRouter(tags=["health"])
 )
 async def metrics(request: Request) -> Response:
     """Show the metrics in Prometheus' text format; open like the probes, it holds no secrets."""
-    return Response(request.app.state.service.metrics.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+    service: Service = request.app.state.service
+    text = await service.metrics.scrape()
+    return InPieces(text, media_type=CONTENT_TYPE_PLAIN_0_0_4, is_shared=True)

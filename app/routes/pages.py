@@ -5,12 +5,15 @@ Each has a Content-Security-Policy that lets it run our own files and nothing el
 
 import hashlib
 import secrets
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import fastapi_offline
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
+
+from app.answers import InPieces
 
 router = APIRouter(include_in_schema=False)
 
@@ -62,6 +65,12 @@ async def redoc() -> Response:
     return _html("redoc.html", policy, nonce)
 
 
+@router.get("/openapi.json")
+async def openapi(request: Request) -> Response:
+    """Show the API to programs."""
+    return InPieces(_document(request.app), media_type="application/json", is_shared=True)
+
+
 @router.get("/static/{name}")
 async def static(request: Request, name: str) -> Response:
     """Return one of the pages' files; a browser asks each time and is told if it has it."""
@@ -71,13 +80,19 @@ async def static(request: Request, name: str) -> Response:
     headers = {"ETag": tag, "Cache-Control": "no-cache"}
     if is_known(tag, request.headers.getlist("if-none-match")):
         return Response(status_code=304, headers=headers)
-    return Response(content, media_type=_TYPES[_FILES[name].suffix], headers=headers)
+    media_type = _TYPES[_FILES[name].suffix]
+    return InPieces(content, media_type=media_type, headers=headers, is_shared=True)
 
 
 def is_known(tag: str, held: list[str]) -> bool:
     """Return whether `If-None-Match` names the tag, weak or not, or any (RFC 9110, 13.1.2)."""
     tags = {one.strip().removeprefix("W/") for line in held for one in line.split(",")}
     return bool(tags & {tag, "*"})
+
+
+@lru_cache(maxsize=1)
+def _document(app: FastAPI) -> bytes:
+    return to_json(app.openapi())
 
 
 @cache
@@ -87,7 +102,12 @@ def _read(name: str) -> tuple[bytes, str]:
     return content, f'"{hashlib.sha256(content).hexdigest()[:16]}"'
 
 
+@cache
+def _template(name: str) -> str:
+    return (_STATIC / name).read_text(encoding="utf-8")
+
+
 def _html(name: str, policy: str, nonce: str = "") -> Response:
-    text = (_STATIC / name).read_text(encoding="utf-8").replace("NONCE", nonce)
+    text = _template(name).replace("NONCE", nonce)
     headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
     return Response(text, media_type="text/html", headers=headers)

@@ -15,7 +15,17 @@ import uvloop
 from app.settings import Settings
 from tests.fakes import make_image
 from tests.faults.conftest import Figure, Start
-from tests.faults.load import Answer, Load, closed_loop, one, percentile, post, undisturbed
+from tests.faults.load import (
+    Answer,
+    Load,
+    another_process,
+    closed_loop,
+    get,
+    one,
+    percentile,
+    post,
+    undisturbed,
+)
 from tests.processes import Server
 
 QUEUE_BUDGET_S = Settings().queue_budget_ms / 1000
@@ -116,3 +126,19 @@ def test_embedded_model(real: Start, photos: list[bytes], figure: Figure) -> Non
     if are_few:
         pytest.skip(f"all in time, but goodput needs {ENOUGH_CORES} cores: one for the generator")
     pytest.fail("no round held the promise")
+
+
+def test_newcomers(fake: Start, figure: Figure) -> None:
+    """A probe that dials anew is answered beside 500 clients that ask again at once."""
+    with fake() as server, another_process() as elsewhere:
+        asking = elsewhere.submit(closed_loop, server.url, [get("/livez")], 500, 8)
+        time.sleep(2)
+        probes = []
+        while not asking.done():
+            began = time.monotonic()
+            assert one(server.url, get("/livez")).status == 200
+            probes.append(time.monotonic() - began)
+            time.sleep(0.1)
+        others = [answer.status for answer in asking.result()].count(200)
+        figure(f"{len(probes)} probes, at most {max(probes) * 1000:.0f} ms, beside {others} × 200")
+        assert max(probes) < 4  # else it is when the others have ended
