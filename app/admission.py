@@ -45,6 +45,7 @@ class Admission:
         self.requests = 0
         self.body_bytes = 0
         self.answer_images = 0  # of long ones, until they are put together
+        self.answer_s = 0.0  # which takes them so long
         self.answer_bytes = 0  # of long ones, until they are read
         self.images = 0  # admitted and not yet answered
 
@@ -92,19 +93,30 @@ class Admission:
             budget.close()
 
     @contextmanager
-    def answering(self, images: int) -> Iterator[None]:
-        """Count images that are held until their answer is put together; those of one are taken.
+    def answering(self, images: int, seconds: float, deadline: float) -> Iterator[None]:
+        """Count a long answer until it is put together, which takes `seconds` (of a short one 0).
+
+        `deadline` is in seconds of `time.monotonic()`. One alone is always taken.
 
         Raises:
-            QueueFull: they would be more than the queue itself may hold.
+            QueueFull: all together would hold more images than the queue may, or take longer than
+                its budget or than the request has.
         """
-        if self.answer_images and self.answer_images + images > self._settings.queue_size:
-            raise self._full("Too many long answers wait to be put together.", "answers")
+        if not seconds:
+            yield
+            return
+        most_s = min(self._settings.queue_budget_ms / 1000, deadline - time.monotonic())
+        is_full = self.answer_images + images > self._settings.queue_size
+        if self.answer_images and (is_full or self.answer_s + seconds > most_s):
+            detail = "Too many long answers wait to be put together."
+            raise QueueFull(detail, max(1, math.ceil(self.answer_s)), "answers")
         self.answer_images += images
+        self.answer_s += seconds
         try:
             yield
         finally:
             self.answer_images -= images
+            self.answer_s -= seconds
 
     @contextmanager
     def answer(self, size: int) -> Iterator[None]:

@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
@@ -19,8 +19,9 @@ from app.uploads import unless_gone
 
 # What the transport is given at once; the next piece waits until it is nearly sent.
 PIECE_BYTES = 32 * 1024
-# Put together on the event loop, in a millisecond. A prediction takes 2 µs and some 400 bytes.
-_FEW_VALUES = 500
+# What it takes to put one together, and how much of that is done on the event loop.
+_PREDICTION_S, _CLASS_S = 2.5e-6, 25e-9
+_SHORT_S = 0.00125
 # A batch waits for its images until the deadline, and answers for those that are late with 504.
 _LATE_S, _LAST_S = 0.05, 1.0
 _WRITER = ThreadPoolExecutor(1, "mixer-answer")  # so that only one answer takes that memory
@@ -28,30 +29,41 @@ Made = TypeVar("Made")
 Steps = Generator[None, None, Made]  # yields wherever it may be given up, returns what it has made
 
 
-async def put_together(
-    request: Request, deadline: float, images: int, values: int, steps: Steps[Made]
-) -> Made:
-    """Return what `steps` make of so many values; of many in a thread, one answer after the other.
+class Extent(NamedTuple):
+    """How much an answer is to put together."""
 
-    `values` are those it answers with, or looks through for several images' best. `deadline` is in
-    seconds of `time.monotonic()`; an answer that is complete only then has a last second.
+    images: int
+    predictions: int  # for each of them
+    classes: int  # that are looked through for them
+
+    @property
+    def seconds(self) -> float:
+        """Return how long that takes, about; 0 if it is short."""
+        seconds = self.images * (self.predictions * _PREDICTION_S + self.classes * _CLASS_S)
+        return seconds if seconds > _SHORT_S else 0.0
+
+
+async def put_together(
+    request: Request, deadline: float, extent: Extent, steps: Steps[Made]
+) -> Made:
+    """Return what `steps` make; where it takes long in a thread, one answer after the other.
+
+    `deadline` is in seconds of `time.monotonic()`; an answer that is complete only then has a last
+    second.
 
     Raises:
-        QueueFull: those that wait hold too many images.
         DeadlineExceeded: its time ran out, maybe behind the answers to others.
         ClientDisconnect: the client has gone.
     """
-    if values <= _FEW_VALUES:
+    if not extent.seconds:
         return _finish([steps])
-    service: Service = request.app.state.service
     wanted = [steps]  # the executor keeps what was cancelled until its turn would have come
     left_s = deadline - time.monotonic()
     patience_s = left_s if left_s > _LATE_S else _LAST_S
     try:
-        with service.admission.answering(images):
-            made = asyncio.get_running_loop().run_in_executor(_WRITER, _finish, wanted)
-            async with asyncio.timeout(patience_s):
-                return await unless_gone(request, made)
+        made = asyncio.get_running_loop().run_in_executor(_WRITER, _finish, wanted)
+        async with asyncio.timeout(patience_s):
+            return await unless_gone(request, made)
     except TimeoutError:
         raise DeadlineExceeded("The request's time ran out before its answer was ready.") from None
     finally:

@@ -7,7 +7,7 @@ from pydantic_core import to_json
 
 from app import schemas
 from app.admission import BodyBudget
-from app.answers import InPieces, Steps, put_together
+from app.answers import Extent, InPieces, Steps, put_together
 from app.classifier import Classified, Classifier
 from app.documents import EXAMPLE_IMAGE, ImageDocument, read_document
 from app.errors import InvalidParameter, Problem
@@ -43,11 +43,13 @@ async def classify(request: Request, top_k: TopK = None) -> Response:
     count = checked_top_k(top_k, classifier)
     with service.admission.body() as budget:
         upload, deadline = await read_upload(request, settings, budget)
-        [result] = await unless_gone(request, classifier.classify([upload], deadline))
-        if isinstance(result, Problem):
-            raise result
-        steps = _answer(classifier, result, count)
-        return await put_together(request, deadline, 1, count, steps)
+        extent = Extent(1, count, len(classifier.card.labels))
+        with service.admission.answering(extent.images, extent.seconds, deadline):
+            [result] = await unless_gone(request, classifier.classify([upload], deadline))
+            if isinstance(result, Problem):
+                raise result
+            steps = _answer(classifier, result, count)
+            return await put_together(request, deadline, extent, steps)
 
 
 @router.post(
@@ -78,10 +80,11 @@ async def classify_batch(request: Request, top_k: TopK = None) -> Response:
     with service.admission.body() as budget:
         uploads, deadline = await read_images(request, settings, budget)
         check_predictions(len(uploads), count)
-        results = await unless_gone(request, classifier.classify(uploads, deadline))
-        steps = _batch_answer(classifier, results, count)
-        values = len(uploads) * len(classifier.card.labels)
-        return await put_together(request, deadline, len(uploads), values, steps)
+        extent = Extent(len(uploads), count, len(classifier.card.labels))
+        with service.admission.answering(extent.images, extent.seconds, deadline):
+            results = await unless_gone(request, classifier.classify(uploads, deadline))
+            steps = _batch_answer(classifier, results, count)
+            return await put_together(request, deadline, extent, steps)
 
 
 async def read_upload(

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from app.answers import Steps, put_together
+from app.answers import Extent, Steps, put_together
 from app.documents import (
     EXAMPLE_IMAGE,
     HuggingFaceDocument,
@@ -60,18 +60,20 @@ async def classify(request: Request) -> Response:
             upload, parameters = document.inputs, document.parameters or parameters
         else:
             upload, deadline = await read_image(request, settings, budget)
-        [result] = await unless_gone(request, classifier.classify([upload], deadline))
-        if isinstance(result, Problem):
-            raise result
         labels = classifier.card.labels
         top_k = min(parameters.top_k or DEFAULT_TOP_K, len(labels))
+        extent = Extent(1, top_k, len(labels))
+        with service.admission.answering(extent.images, extent.seconds, deadline):
+            [result] = await unless_gone(request, classifier.classify([upload], deadline))
+            if isinstance(result, Problem):
+                raise result
+            logits, function = result.logits, parameters.function_to_apply or "softmax"
 
-        def steps() -> Steps[Response]:
-            yield
-            function = parameters.function_to_apply or "softmax"
-            predictions = best(result.logits, labels, top_k, function)
-            return json_response(
-                [LabelScore(label=p["label"], score=p["score"]) for p in predictions]
-            )
+            def steps() -> Steps[Response]:
+                yield
+                predictions = best(logits, labels, top_k, function)
+                return json_response(
+                    [LabelScore(label=p["label"], score=p["score"]) for p in predictions]
+                )
 
-        return await put_together(request, deadline, 1, top_k, steps())
+            return await put_together(request, deadline, extent, steps())

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from app.answers import InPieces, put_together
+from app.answers import Extent, InPieces, put_together
 from app.classifier import Classifier
 from app.documents import EXAMPLE_IMAGE, read_alone
 from app.errors import NoSuchModel, NotReady, Problem
@@ -144,23 +144,24 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
         classes = len(classifier.card.labels)
         each = sum(values_each(output, classes, top_k) for output in asked.wanted)
         check_predictions(len(images), each)
-        results = await unless_gone(request, classifier.classify(images, deadline))
-        logits = []
-        for result in results:
-            if isinstance(result, Problem):
-                raise result
-            logits.append(result.logits)
-        card = classifier.card
-        head = {"model_name": card.name, "model_version": card.version, "id": asked.id}
-        steps = write_response(
-            {name: value for name, value in head.items() if value is not None},
-            asked.wanted,
-            logits,
-            card.labels,
-            top_k,
-        )
-        values = len(images) * classes
-        answer, json_length = await put_together(request, deadline, len(images), values, steps)
+        extent = Extent(len(images), each, classes)
+        with service.admission.answering(extent.images, extent.seconds, deadline):
+            results = await unless_gone(request, classifier.classify(images, deadline))
+            logits = []
+            for result in results:
+                if isinstance(result, Problem):
+                    raise result
+                logits.append(result.logits)
+            card = classifier.card
+            head = {"model_name": card.name, "model_version": card.version, "id": asked.id}
+            steps = write_response(
+                {name: value for name, value in head.items() if value is not None},
+                asked.wanted,
+                logits,
+                card.labels,
+                top_k,
+            )
+            answer, json_length = await put_together(request, deadline, extent, steps)
     if json_length is None:
         return InPieces(answer, media_type="application/json")
     return InPieces(
