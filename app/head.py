@@ -40,7 +40,7 @@ def read_head(data: bytes) -> Head | None:
         return None
     lines = _FIELD.findall(data, *found.span(2))
     fields = {name.lower(): value.rstrip(b" \t") for name, value in lines}
-    if len(fields) != len(lines) or not _FRAMING.isdisjoint(fields):
+    if len(fields) != len(lines) or b"host" not in fields or not _FRAMING.isdisjoint(fields):
         return None
     if fields.get(b"connection", b"keep-alive").lower() != b"keep-alive":
         return None

@@ -112,7 +112,21 @@ def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     check_cost(image, data, max_pixels)  # before draft(), which rewrites the size
     if image.format not in ("JPEG", "MPO"):
         image.load()  # PNG may hold its orientation after the pixels
+    if image.format == "PNG" and "transparency" in image.info:
+        image.info["transparency"] = _transparent(image.info["transparency"], *data[24:26])
     return image
+
+
+def _transparent(samples: object, depth: int, color: int) -> object:
+    """Return which color a PNG has transparent, where Pillow scales the pixels to 8 bits only.
+
+    Of 16 bits the upper 8 are compared, since no others are left. PNG, 11.3.2.1.
+    """
+    if isinstance(samples, int) and color == 0 and depth in (2, 4):
+        return samples % 2**depth * 255 // (2**depth - 1)
+    if isinstance(samples, tuple) and depth == 16:
+        return tuple(sample >> 8 for sample in samples)
+    return samples
 
 
 def _smallest(width: int, height: int, turn: int, preprocessing: Preprocessing) -> tuple[int, int]:

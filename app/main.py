@@ -117,6 +117,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
                 REQUEST_ID_HEADER,
                 TIMEOUT_HEADER,
                 "traceparent",
+                "tracestate",
                 JSON_LENGTH_HEADER,
             ],
             expose_headers=["Retry-After", REQUEST_ID_HEADER, "Server-Timing", JSON_LENGTH_HEADER],

@@ -170,7 +170,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
         Raises:
             OverflowError: too many requests ahead of their answers, headers too large, a coding
-                that is none of ours, two hosts, or no probe where only those are taken; it stops
+                that is none of ours, no one host, or no probe where only those are taken; it stops
                 the parser.
         """
         if self._is_spare and self.url.partition(b"?")[0].decode("latin-1") not in OPEN_PATHS:
@@ -185,15 +185,19 @@ class BoundedProtocol(HttpToolsProtocol):
         if any(n == b"transfer-encoding" and v.lower() != b"chunked" for n, v in self.headers):
             self._refuse(400, "Bad request", "The only Transfer-Encoding taken is chunked.")
             raise OverflowError("a coding that is none of ours")
-        if sum(name == b"host" for name, _ in self.headers) > 1:  # RFC 9112, 3.2
-            self._refuse(400, "Bad request", "There is more than one Host.")
-            raise OverflowError("two hosts")
+        is_current = self.parser.get_http_version() == "1.1"
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts > 1 or (is_current and not hosts):  # RFC 9112, 3.2
+            self._refuse(400, "Bad request", f"There {'are two Hosts' if hosts else 'is no Host'}.")
+            raise OverflowError("not one host")
+        if not is_current:
+            self.expect_100_continue = False  # RFC 9110, 10.1.1: the client would not wait for it
         self._in_headers = False
         self._is_chunked = any(name == b"transfer-encoding" for name, _ in self.headers)
         self._clock.stop()  # `data_received` starts the body's, if the body is still to come
         if (
             self.parser.get_method() == b"POST"
-            and self.parser.get_http_version() == "1.1"
+            and is_current
             # The first header of a name counts, as in Starlette.
             and self._by_express(
                 self.url, dict(reversed(self.headers)), self.parser.should_keep_alive()

@@ -49,6 +49,22 @@ def scene(width: int, height: int) -> Image.Image:
     return image
 
 
+def png(side: int, depth: int, color: int, rows: bytes, transparent: bytes) -> bytes:
+    """Return a square PNG of these rows of packed samples."""
+    width = len(rows) // side
+    filtered = b"".join(b"\0" + rows[y * width : (y + 1) * width] for y in range(side))
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", side, side, depth, color, 0, 0, 0)),
+        (b"tRNS", transparent),
+        (b"IDAT", zlib.compress(filtered)),
+        (b"IEND", b""),
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
 def test_patches_are_row_major_with_rgb_innermost() -> None:
     """Patch t holds rows of pixels of grid cell (t // G, t % G), RGB innermost."""
     image = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
@@ -192,6 +208,25 @@ class TestModes:
         found = pixels(encode(Image.fromarray(ramp), transparency=5 * 257), 16)
         expected = np.where(ramp == 5 * 257, 255, ramp // 257)
         assert (found == expected[:, :, None]).all()
+
+    @pytest.mark.parametrize("depth", [1, 2, 4, 8])
+    def test_few_bits_of_grey_with_transparency(self, depth: int) -> None:
+        """The transparent value of a PNG is meant in the depth of its samples."""
+        levels = 2**depth
+        samples = np.arange(256).reshape(16, 16) % levels
+        bits = (samples[:, :, None] >> np.arange(depth)[::-1]) & 1  # [row, column, bit]
+        rows = np.packbits(bits.reshape(16, -1).astype(np.uint8), axis=1)
+        for transparent in {0, 1, levels // 2, levels - 1}:
+            data = png(16, depth, 0, rows.tobytes(), struct.pack(">H", transparent))
+            expected = np.where(samples == transparent, 255, samples * 255 // (levels - 1))
+            assert (pixels(data, 16) == expected[:, :, None]).all(), transparent
+
+    def test_sixteen_bits_of_color_with_transparency(self) -> None:
+        """Of the transparent color of 16 bits the upper eight count."""
+        ramp = np.arange(256).reshape(16, 16)
+        rows = np.stack([ramp * 257] * 3, axis=2).astype(">u2")
+        found = pixels(png(16, 16, 2, rows.tobytes(), struct.pack(">HHH", *[9 * 257] * 3)), 16)
+        assert (found == np.where(ramp == 9, 255, ramp)[:, :, None]).all()
 
     def test_a_text_of_that_name(self) -> None:
         """A PNG's text that is named as Pillow names the transparent value says nothing of it."""

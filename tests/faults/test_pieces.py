@@ -83,10 +83,10 @@ def test_bodies_are_no_heads(fake: Start) -> None:
     "bad",
     [
         b"GARBAGE\r\n\r\n",
-        b"GET http://host HTTP/1.1\r\n\r\n",
-        b"CONNECT a:443 HTTP/1.1\r\n\r\n",
-        b"POST / HTTP/1.1\r\nTransfer-Encoding: identity\r\n\r\n",
-        b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+        b"GET http://host HTTP/1.1\r\nHost: h\r\n\r\n",
+        b"CONNECT a:443 HTTP/1.1\r\nHost: h\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: identity\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
         b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 101 + b"\r\n",
     ],
 )
@@ -130,7 +130,9 @@ def test_bytes_beside_a_body(fake: Start, waste: bytes) -> None:
 def test_headers_mean_the_same(fake: Start) -> None:
     """Spaces behind a value are none of it, and a trailer is no header, in one piece or in two."""
     spaced = post(IMAGE, X_Request_ID="abc \t", X_Request_Timeout_Ms="5000 ")
-    chunks = b"POST /classify HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n"
+    chunks = (
+        b"POST /classify HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n"
+    )
     trailed = chunks % (len(IMAGE), IMAGE) + b"X-Request-ID: no\r\nX-Request-Timeout-Ms: no\r\n\r\n"
     with fake() as server:
         for pieces in ([spaced], [spaced[:40], spaced[40:]]):
@@ -145,5 +147,5 @@ def test_headers_mean_the_same(fake: Start) -> None:
         for pieces in ([closing], [closing[:40], closing[40:]]):
             assert b"connection: close" in send(server, pieces).lower()
         for path in (b"/classify", b"/classify?detour"):
-            odd = b"POST %b HTTP/1.1\r\nContent-Type: \xa0application/json\r\n" % path
+            odd = b"POST %b HTTP/1.1\r\nHost: h\r\nContent-Type: \xa0application/json\r\n" % path
             assert statuses(send(server, [odd + b"Content-Length: 2\r\n\r\n{}"])) == [415]

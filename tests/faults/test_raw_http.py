@@ -156,23 +156,44 @@ def test_many_pipelined_requests(fake: Start, figure: Figure) -> None:
     ("request_", "status"),
     [
         (
-            b"POST /classify HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b"POST /classify HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n",
             400,
         ),
-        (b"POST /classify HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
-        (b"GET /livez HTTP/1.1\r\nTransfer-Encoding: identity\r\n\r\n", 400),
-        (b"GET /livez HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 400),
-        (b"POST /classify HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n", 400),
-        (b"POST /explain HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\naa\r\n", 400),
+        (
+            b"POST /classify HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+            400,
+        ),
+        (b"GET /livez HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: identity\r\n\r\n", 400),
+        (
+            b"GET /livez HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+            400,
+        ),
+        (b"POST /classify HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n", 400),
+        (
+            b"POST /explain HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n1\r\naa\r\n",
+            400,
+        ),
         (b"CONNECT test:443 HTTP/1.1\r\nHost: test\r\n\r\n", 400),
         (b"GET /livez HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
         (post(make_image()).replace(b"Host: test", b"Host: a\r\nHost: b"), 400),
+        (b"GET /livez HTTP/1.1\r\n\r\n", 400),
+        (post(make_image()).replace(b"Host: test\r\n", b""), 400),
+        (
+            post(make_image())
+            .replace(b"Host: test", b"Expect: 100-continue")
+            .replace(b"1.1", b"1.0"),
+            200,
+        ),
         (b"GET http://test/livez HTTP/1.1\r\nHost: test\r\n\r\n", 200),
         (b"GET /livez HTTP/1.0\r\n\r\n", 200),
         (b"OPTIONS /classify HTTP/1.1\r\nHost: test\r\n\r\n", 405),
         (b"HEAD /livez HTTP/1.1\r\nHost: test\r\n\r\n", 200),
-        (b"GET /livez HTTP/1.1\r\n" + b"A: b\r\n" * 20_000 + b"\r\n", 431),
-        (b"GET /livez HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", 200),
+        (b"GET /livez HTTP/1.1\r\nHost: h\r\n" + b"A: b\r\n" * 20_000 + b"\r\n", 431),
+        (
+            b"GET /livez HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+            200,
+        ),
     ],
 )
 def test_unusual_requests(fake: Start, request_: bytes, status: int) -> None:

@@ -79,7 +79,9 @@ def test_many_clients_send_chunks_of_one_byte(fake: Start, figure: Figure) -> No
 
 def test_many_requests_in_one_read(fake: Start, figure: Figure) -> None:
     """Behind thousands of requests that one client has sent ahead, others wait for a few only."""
-    block = b"POST /classify?top_k=99 HTTP/1.1\r\nContent-Length:0\r\n\r\n" * 4000  # 220 kB
+    block = (
+        b"POST /classify?top_k=99 HTTP/1.1\r\nHost: h\r\nContent-Length:0\r\n\r\n" * 4000
+    )  # 220 kB
 
     def drain(client: socket.socket) -> None:
         with contextlib.suppress(OSError):
