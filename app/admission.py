@@ -194,12 +194,13 @@ class Admission:
 
     def _over_budget(self) -> Refusal | None:
         """Return a refusal if one more image, which counts itself, would outlast the budget."""
-        # With a decoder free nothing waits. And refusals measure nothing: a slow spell would stay.
-        if self.images < self._settings.decode_threads:
-            return None
         pending = self.images + 1
-        is_taken = self.images < _BATCHES_TAKEN * self._settings.max_batch
-        wait_s = (self._latency.decoding_s if is_taken else self._latency.wait_s)(pending)
+        wait_s = 0.0
+        # With a decoder free nothing waits. And refusals measure nothing: a slow spell would stay.
+        if self.images >= self._settings.decode_threads:
+            wait_s = self._latency.decoding_s(pending)
+        if self.images >= _BATCHES_TAKEN * self._settings.max_batch:
+            wait_s = max(wait_s, self._latency.inference_s(pending))
         if wait_s * 1000 <= self._settings.queue_budget_ms * _HEADROOM:
             return None
         return Refusal("The queue is too long.", math.ceil(wait_s), "queue-budget")

@@ -119,6 +119,7 @@ class Batcher:
                 is_last = batch.infer(number, self._engine)
             if is_last:
                 self._finish(batch)
+            del taken, batch  # their pictures would stay until the next ones come
 
     def _take(self) -> tuple[Batch, int] | None:
         """Take a share of the batch at hand, or form the next batch; None when closed.
@@ -127,6 +128,7 @@ class Batcher:
         """
         with self._turn:
             while (taken := next(self._left, None)) is None:
+                self._left = iter(())  # nor here
                 entries = self._gather()
                 if entries is None:
                     self._queue.put(None)  # for the next thread
@@ -178,6 +180,8 @@ class Batcher:
     def _gather(self) -> list[Entry] | None:
         """Wait for one entry, take along what has come meanwhile; None when closed."""
         batch: list[Entry] = []
+        while self._spare and not self._spare[0].is_alive():
+            self._spare.popleft()  # even if there is never a moment to spare
         try:
             entry = self._queue.get_nowait() if self._spare else self._wait()
             while entry is not None:

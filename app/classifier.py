@@ -186,6 +186,7 @@ class Classifier:
                 work()
             except Exception:  # else the thread would end, and its decoder never be used again
                 logger.exception("a bug beside a decoder")
+            del work  # it may hold an upload until the next one comes
         self._work.put(None)  # for the next thread
 
     def _next(self) -> Callable[[], object] | None:

@@ -123,26 +123,30 @@ async def read_alone(
         ClientDisconnect: the client has gone.
     """
     body, deadline = await read_body(request, settings, budget)
-    found = asyncio.get_running_loop().run_in_executor(_READER, _outcome, parse, body)
+    wanted = [body]  # the executor keeps what was cancelled until its turn would have come
+    del body
+    found = asyncio.get_running_loop().run_in_executor(_READER, _outcome, parse, wanted)
     try:
         async with asyncio.timeout(deadline - time.monotonic()):
             outcome = await unless_gone(request, found)
     except TimeoutError:
         raise DeadlineExceeded("The request's time ran out before its body was read.") from None
+    finally:
+        wanted.clear()
     if isinstance(outcome, Problem):
         raise outcome
     return outcome, deadline
 
 
-def _outcome(parse: Callable[[bytes], Answer], body: RawBody) -> Answer | Problem:
-    """Return what `parse` makes of a body, or the problem that it is.
+def _outcome(parse: Callable[[bytes], Answer], wanted: list[RawBody]) -> Answer | Problem:
+    """Return what `parse` makes of the body that is wanted, or the problem that it is.
 
     The body is joined here: twelve of 20 MiB at once would hold the event loop for 100 ms.
     Raised through the future that waits for it, a problem would be in a circle with its traceback,
     which holds the body and all that was made of it, until the garbage collector comes.
     """
     try:
-        return parse(body.image())
+        return parse(wanted.pop().image())
     except Problem as problem:
         problem.__traceback__ = problem.__cause__ = problem.__context__ = None
         return problem

@@ -31,8 +31,9 @@ class LatencyTable:
     so there is nothing to lock.
     """
 
-    def __init__(self, max_batch: int, decode_threads: int) -> None:
+    def __init__(self, max_batch: int, decode_threads: int, batches_at_once: int = 1) -> None:
         self._max_batch = max_batch
+        self._batches_at_once = batches_at_once
         self._decode_threads = decode_threads
         self._measured = {0: 0.0}
         self._seconds = [0.0] * (max_batch + 1)  # by batch size, between measured ones interpolated
@@ -105,7 +106,9 @@ class LatencyTable:
     def inference_s(self, images: int) -> float:
         """Return the seconds that `images` take in the engine alone, in full batches."""
         full, rest = divmod(images, self._max_batch)
-        return full * self._seconds[self._max_batch] + self._seconds[rest]
+        rounds, more = divmod(full, self._batches_at_once)
+        last_s = self._seconds[self._max_batch if more else rest]
+        return rounds * self._seconds[self._max_batch] + last_s
 
     def _alone_s(self, images: int) -> float:
         """Return the seconds that `images` take to decode on an idle service."""
@@ -114,6 +117,12 @@ class LatencyTable:
 
 def _follow(known: float, seconds: float) -> float:
     return known + FRESHNESS * (min(seconds, SURPRISE * known) - known)
+
+
+def batches_at_once(engine: Engine, max_batch: int) -> int:
+    """Return how many full batches the engine's threads infer side by side."""
+    shares = engine.cut(max_batch)
+    return 1 if any(share.is_wide for share in shares) else max(1, engine.threads // len(shares))
 
 
 def warm_up(engine: Engine, max_batch: int, latency: LatencyTable) -> None:

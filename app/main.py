@@ -16,7 +16,7 @@ from app.door import Door, Origins
 from app.engine import Engine
 from app.explain import Explainer
 from app.keys import KEY_SCHEMES, ApiKeys
-from app.latency import LatencyTable, warm_up
+from app.latency import LatencyTable, batches_at_once, warm_up
 from app.logs import STANDARD_ERROR
 from app.metrics import Metrics
 from app.routes import (
@@ -53,7 +53,9 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     measures = Metrics()
     spans = exporter()
     # Before the port is open: who is accepted is answered, and a balancer asks others until then.
-    latency = LatencyTable(settings.max_batch, settings.decode_threads)
+    latency = LatencyTable(
+        settings.max_batch, settings.decode_threads, batches_at_once(engine, settings.max_batch)
+    )
     warm_up(engine, settings.max_batch, latency)
     measures.show_model(engine.card, engine.provider)
     described = model.model_info(engine.card, engine.provider)

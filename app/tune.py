@@ -178,6 +178,8 @@ class _Progress:
 
 def _env_file(text: str) -> Path:
     path = Path(text)
+    if not path.name:
+        raise argparse.ArgumentTypeError(f"'{text}' is not the name of a file")
     if path.suffix == ".png":
         raise argparse.ArgumentTypeError(f"'{text}' would be the curve's name: end it otherwise")
     return path

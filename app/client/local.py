@@ -17,6 +17,8 @@ from app.settings import Settings
 
 # A batch run waits for nobody: an image may take what it takes.
 PATIENCE_S = 3600.0
+# Nor does a file come from strangers; a decoder has room for one of this size.
+LARGEST_BYTES = 256 * 2**20
 
 
 class LocalClassifier:
@@ -25,7 +27,9 @@ class LocalClassifier:
     def __init__(self, path: Path, top_k: int) -> None:
         self._path = path
         self._top_k = top_k
-        self._settings = Settings(queue_budget_ms=int(PATIENCE_S * 1000))
+        self._settings = Settings(
+            queue_budget_ms=int(PATIENCE_S * 1000), max_upload_bytes=LARGEST_BYTES
+        )
         # While one batch runs, the next one is decoded.
         self.concurrency = 2 * self._settings.max_batch
 
@@ -43,10 +47,15 @@ class LocalClassifier:
         except StartupError as error:
             raise ServerError(str(error).removeprefix("MIXER_MODEL=")) from error
         latency = LatencyTable(settings.max_batch, settings.decode_threads)
-        await asyncio.to_thread(warm_up, engine, settings.max_batch, latency)
-        admission = Admission(settings, latency)
         try:
+            await asyncio.to_thread(warm_up, engine, settings.max_batch, latency)
+            admission = Admission(settings, latency)
             self._classifier = Classifier(engine, settings, latency, admission, Metrics())
+        except StartupError as error:
+            reason = str(error).partition(": ")[2].removesuffix("; choose fewer")
+            raise ServerError(
+                f"{self._path}: {reason}; ask a mixer-serve with a smaller MIXER_MAX_BATCH instead"
+            ) from error
         except Problem as problem:
             raise ServerError(problem.detail) from problem
         self.model = f"{engine.card.name}@{engine.card.version}"
@@ -63,6 +72,8 @@ class LocalClassifier:
         Raises:
             ImageError: the image cannot be decoded.
         """
+        if len(data) > LARGEST_BYTES:
+            raise ImageError(f"The file is larger than {LARGEST_BYTES} bytes.")
         [result] = await self._classifier.classify([data], time.monotonic() + PATIENCE_S)
         if isinstance(result, Problem):
             raise ImageError(result.detail)

@@ -3,6 +3,9 @@
 import asyncio
 import threading
 import time
+import weakref
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -140,3 +143,79 @@ def test_spare_work_that_nobody_waits_for() -> None:
 
     asyncio.run(run())
     assert len(engine.batches) == 2
+
+
+def test_dead_spare_work_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of an explanation is let go, even if there is never a moment to spare."""
+    monkeypatch.setattr(
+        Decoders, "decode", lambda *_: Picture("PNG", 8, 8, np.zeros((4, 48), np.uint8))
+    )
+    begun, turns = threading.Semaphore(0), threading.Semaphore(0)
+
+    def hold(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        begun.release()
+        assert turns.acquire(timeout=10)
+        return logits
+
+    async def run() -> None:
+        classifier = _classifier(FakeEngine(fault=hold))
+        deadline = time.monotonic() + 20
+
+        async def ask() -> asyncio.Task[object]:
+            task = asyncio.create_task(classifier.classify([b"image"], deadline))
+            await asyncio.sleep(0.1)  # it is decoded
+            return task
+
+        tasks = [await ask(), await ask()]  # one is in the engine, one waits
+        spare = Picture("PNG", 8, 8, np.zeros((4, 48), np.uint8))
+        held = weakref.ref(spare.patches)
+        explaining = asyncio.create_task(classifier.infer_spare([spare], deadline))
+        await asyncio.sleep(0)  # it is queued behind them
+        del spare
+        assert await asyncio.to_thread(begun.acquire, timeout=10)
+        turns.release()
+        assert await asyncio.to_thread(begun.acquire, timeout=10)
+        tasks.append(await ask())  # the second is in the engine, what is spare has been put aside
+        explaining.cancel()
+        await asyncio.wait([explaining])
+        del explaining
+        turns.release()
+        assert await asyncio.to_thread(begun.acquire, timeout=10)
+        assert held() is None
+        turns.release()
+        await asyncio.gather(*tasks)
+        await classifier.close()
+
+    asyncio.run(run())
+
+
+def _wait_until_gone(held: Sequence[weakref.ref[object]]) -> None:
+    give_up = time.monotonic() + 10
+    while any(ref() is not None for ref in held):  # the threads may still be about it
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
+def test_idle_threads_hold_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the threads did last is let go when it is done, not when the next comes."""
+    held: list[weakref.ref[object]] = []
+
+    def decode(*_: object) -> Picture:
+        picture = Picture("PNG", 8, 8, np.zeros((4, 48), np.uint8))
+        held.append(weakref.ref(picture.patches))
+        return picture
+
+    monkeypatch.setattr(Decoders, "decode", decode)
+
+    async def run() -> None:
+        classifier = _classifier(FakeEngine(threads=4))
+        await classifier.classify([make_image()] * 16, time.monotonic() + 10)
+        upload = np.zeros(4)
+        held.append(weakref.ref(upload))
+        await classifier.in_decoder(partial(len, upload))
+        del upload
+        await asyncio.to_thread(_wait_until_gone, held)
+        await classifier.close()
+
+    asyncio.run(run())
+    assert len(held) == 17

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from app.admission import Admission
 from app.errors import StartupError
-from app.latency import FRESHNESS, LatencyTable, warm_up
+from app.latency import FRESHNESS, LatencyTable, batches_at_once, warm_up
 from app.settings import Settings
+from app.shares import Share
 from tests.fakes import FakeEngine
 
 MAX_BATCH = 20
@@ -53,6 +54,29 @@ def test_the_slower_of_two_sets_the_pace() -> None:
         table.observe_batch(MAX_BATCH, 0.2)
         table.observe_decode(decode_s)
         assert table.wait_s(2 * MAX_BATCH) == pytest.approx(wait_s)
+
+
+def test_batches_side_by_side() -> None:
+    """What the engine's threads infer side by side takes no longer than one batch."""
+    table = LatencyTable(4, decode_threads=1, batches_at_once=3)
+    for images, seconds in ((1, 0.1), (4, 0.2)):
+        table.observe_batch(images, seconds)
+    took = [table.inference_s(images) for images in (0, 1, 4, 5, 12, 13, 16, 24, 25)]
+    assert took == pytest.approx([0, 0.1, 0.2, 0.2, 0.2, 0.3, 0.4, 0.4, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("threads", "max_batch", "is_wide", "batches"),
+    [(1, 16, False, 1), (2, 16, False, 1), (16, 4, False, 4), (64, 16, False, 4), (9, 4, True, 1)],
+)
+def test_how_many_batches_side_by_side(
+    monkeypatch: pytest.MonkeyPatch, threads: int, max_batch: int, is_wide: bool, batches: int
+) -> None:
+    """As many batches as its threads can take the shares of, of which a wide one takes them all."""
+    engine = FakeEngine(threads=threads)
+    if is_wide:
+        monkeypatch.setattr(engine, "cut", lambda images: [Share(images, is_wide=True)])
+    assert batches_at_once(engine, max_batch) == batches
 
 
 @pytest.mark.parametrize(

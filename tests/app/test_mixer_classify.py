@@ -20,12 +20,16 @@ from unittest.mock import AsyncMock, Mock
 import httpx2
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from app.client.files import find_images
 from app.client.local import LocalClassifier
 from app.client.remote import ImageError, RemoteClassifier, ServerError
+from app.client.results import Prediction
+from app.engine import OnnxEngine
 from app.nursery import nursery
+from tests.fakes import make_image
 from tests.outputs import (
     CLOSED,
     buffered,
@@ -584,3 +588,30 @@ def test_model_file_where_nothing_can_be_decoded(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(nursery(), "new_link", no_process)
     with pytest.raises(ServerError, match="no process"):
         asyncio.run(LocalClassifier(Path(MODEL), 5).__aenter__())
+
+
+def test_model_file_for_a_larger_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without room for a full batch is told in one line, not a setting to change."""
+    golden = OnnxEngine.run
+
+    def run(engine: OnnxEngine, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
+        if len(patches) > 4:
+            raise RuntimeError("out of memory")
+        return golden(engine, patches)
+
+    monkeypatch.setattr(OnnxEngine, "run", run)
+    with pytest.raises(ServerError, match=r"cannot run so many .*memory\); ask a mixer-serve"):
+        asyncio.run(LocalClassifier(Path(MODEL), 5).__aenter__())
+
+
+def test_largest_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that no decoder has room for is a row with the reason, and the others are done."""
+    monkeypatch.setattr("app.client.local.LARGEST_BYTES", 2000)
+
+    async def run() -> list[Prediction]:
+        async with LocalClassifier(Path(MODEL), 5) as classifier:
+            with pytest.raises(ImageError, match="larger than 2000 bytes"):
+                await classifier.classify(bytes(2001))
+            return await classifier.classify(make_image())
+
+    assert len(asyncio.run(run())) == 5

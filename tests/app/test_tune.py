@@ -62,6 +62,8 @@ def test_missing_model_is_one_line(tmp_path: Path) -> None:
         (["--max-batch", "two"], "'two' is not a number from 1 to 4096"),
         (["--latency-ms", "nan"], "'nan' is not a number from 0.001 to 600000"),
         (["--latency-ms", "-5"], "'-5' is not a number from 0.001 to 600000"),
+        (["-o", ""], "'' is not the name of a file"),
+        (["-o", "/"], "'/' is not the name of a file"),
         (["-o", "curve.png"], "'curve.png' would be the curve's name: end it otherwise"),
     ],
 )

@@ -3,13 +3,23 @@
 ARCHITECTURE.md adds them up; here each is filled by itself.
 """
 
+import asyncio
+import gc
 import json
+import threading
 import time
 
 import pytest
 import uvloop
+from fastapi import Request
 from PIL import Image
+from starlette.requests import ClientDisconnect
+from starlette.types import Message
 
+from app import documents
+from app.admission import Admission, BodyBudget
+from app.latency import LatencyTable
+from app.settings import Settings
 from tests.fakes import encode, make_image
 from tests.faults.conftest import Figure, Start
 from tests.faults.load import Answer, Load, closed_loop, dial, get, one, post, read_answer
@@ -251,3 +261,36 @@ def test_memory_of_the_largest_pictures(fake: Start, figure: Figure) -> None:
             figure(f"{file_format} {mode}: {peak:.0f} MiB at the most so far, of {most:.0f}")
             assert peak < most
         assert peak > most / 4  # the sum is no fancy
+
+
+def test_documents_of_clients_that_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document that nobody waits for any more is not held for its turn to be read."""
+    turn = threading.Event()
+
+    class Body:
+        def image(self) -> bytes:
+            return b""
+
+    async def read_body(*_: object) -> tuple[Body, float]:
+        return Body(), time.monotonic() + 10
+
+    async def hang_up() -> Message:
+        await asyncio.sleep(0.01)
+        return {"type": "http.disconnect"}
+
+    def parse(data: bytes) -> bytes:
+        turn.wait(10)
+        return data
+
+    async def run() -> None:
+        monkeypatch.setattr(documents, "read_body", read_body)
+        budget = BodyBudget(Admission(Settings(), LatencyTable(16, 2)))
+        for _ in range(4):  # the first is being read, and the others wait
+            request = Request({"type": "http"}, hang_up)
+            with pytest.raises(ClientDisconnect):
+                await documents.read_alone(request, Settings(), budget, parse)
+        held = [found for found in gc.get_objects() if isinstance(found, Body)]
+        turn.set()
+        assert held == []
+
+    asyncio.run(run())
