@@ -24,6 +24,7 @@ class Checkpoint:
     labels: tuple[str, ...] | None = None
     is_assumed: bool = False  # the preprocessing: nothing in or beside the weights tells of it
     left_aside: int = 0  # tensors of training state in the file, no part of the model
+    state: str = ""  # which of several states in the file, and which not
 
 
 def load(source: str, *, sha256: str | None = None, allow_zero_head: bool = False) -> Checkpoint:
@@ -38,7 +39,7 @@ def load(source: str, *, sha256: str | None = None, allow_zero_head: bool = Fals
         checkpoint = _timm(snapshot.weights, snapshot.config, snapshot.address, sha256)
     elif Path(source).is_dir():
         checkpoint = _folder(Path(source), sha256)
-    elif Path(source).suffix == ".npz":
+    elif Path(source).suffix.lower() == ".npz":
         checkpoint = _google(Path(source), sha256)
     else:
         weights = Path(source)
@@ -87,9 +88,10 @@ def _folder(folder: Path, sha256: str | None) -> Checkpoint:
 
 def _timm(weights: Path, config: Path | None, source: str, sha256: str | None) -> Checkpoint:
     checksum = _checksum(weights, sha256)
-    model = timm.model(tensors.read(weights))
+    saved = tensors.weights(weights)
+    model = timm.model(saved.tensors)
     if config is None:
-        trained = timm.as_trained(tensors.arguments(weights), model)
+        trained = timm.as_trained(saved.arguments, model)
         published = timm.Published(trained or timm.default_preprocessing(model), None)
     else:
         trained, published = None, timm.published(config, model)
@@ -101,6 +103,8 @@ def _timm(weights: Path, config: Path | None, source: str, sha256: str | None) -
         checksum=checksum,
         labels=published.labels,
         is_assumed=config is None and trained is None,
+        left_aside=saved.left_aside,
+        state=saved.state,
     )
 
 

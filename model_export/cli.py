@@ -125,10 +125,17 @@ def _override(published: Preprocessing, options: argparse.Namespace) -> Preproce
         raise ExportError(f"--std {options.std}: expected three numbers above 0")
     merged = published.model_dump() | {k: v for k, v in changes.items() if v is not None}
     try:
-        return Preprocessing.model_validate(merged)
+        asked = Preprocessing.model_validate(merged)
     except ValidationError as error:
         first = error.errors()[0]
         raise ExportError(f"{first['loc'][0]} {first['input']}: {first['msg']}") from error
+    for name, values in (("mean", asked.mean), ("std", asked.std)):
+        if max(values) > 1:
+            raise ExportError(
+                f"{name} {' '.join(f'{value:g}' for value in values)}: expected those of pixels "
+                "in [0, 1]; divide what is meant for 0 to 255 by 255"
+            )
+    return asked
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -171,8 +178,8 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--labels",
         metavar="FILE",
-        help="class names: a text file, one a line; a JSON list; imagenet-1k; imagenet-21k "
-        "(default: those in the checkpoint's config.json, if any)",
+        help="class names: a text file, one a line; a JSON list, or object by index; imagenet-1k; "
+        "imagenet-21k (default: those in the checkpoint's config.json, if any)",
     )
     command.add_argument("--name", help="the model's name (default: the output file's)")
     command.add_argument("--sha256", metavar="HEX", help="refuse any other file of weights")

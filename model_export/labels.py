@@ -19,7 +19,7 @@ _WORDNET_NAMES = "imagenet_synset_to_lemma.txt"
 
 
 def load(source: str, classes: int) -> tuple[str, ...]:
-    """Read `classes` labels from a text file (one a line), a JSON list, or ImageNet's by name.
+    """Read `classes` labels from a text file (one a line), a JSON file, or ImageNet's by name.
 
     Raises:
         ExportError: the source is missing or malformed, or has another number of labels.
@@ -42,7 +42,7 @@ def _from_file(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ExportError(f"--labels {path}: cannot be read as text ({error})") from error
-    labels = _from_json(path, text) if path.suffix == ".json" else text.rstrip().splitlines()
+    labels = _from_json(path, text) if path.suffix == ".json" else text.rstrip().split("\n")
     labels = [label.strip() for label in labels]
     for number, label in enumerate(labels, 1):
         if not label:
@@ -55,9 +55,22 @@ def _from_json(path: Path, text: str) -> list[str]:
         labels = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ExportError(f"--labels {path}: not JSON ({error})") from error
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise ExportError(f"--labels {path}: expected a JSON list of strings")
-    return labels
+    ordered = in_order(labels)
+    if ordered is None:
+        raise ExportError(f"--labels {path}: expected a JSON list of strings, or those by index")
+    return ordered
+
+
+def in_order(names: object) -> list[str] | None:
+    """Return names that are a list, or an object by index (timm's, transformers' id2label).
+
+    None if they are neither, or one is missing.
+    """
+    if isinstance(names, dict) and names.keys() == set(map(str, range(len(names)))):
+        names = [names[str(index)] for index in range(len(names))]
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        return names
+    return None
 
 
 def _imagenet_1k() -> list[str]:

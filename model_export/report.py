@@ -26,6 +26,8 @@ def conversion(report: Report, checkpoint: Checkpoint) -> str:
             f"  assumed    timm's usual input for a {card.family}: no config.json nor "
             "arguments of a training say how these weights were fed"
         )
+    if checkpoint.state:
+        lines.append(f"  weights    {checkpoint.state}")
     if checkpoint.left_aside:
         lines.append(f"  left aside {checkpoint.left_aside} tensors of training state")
     features = "" if agreement.features is None else f", max |Δfeature| {agreement.features:.2g}"

@@ -6,16 +6,14 @@ for much memory.
 
 import argparse
 import math
-import os
 import pickle
 import pickletools
-import re
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 import safetensors
@@ -30,9 +28,13 @@ Tensors = dict[str, Tensor]
 MAX_EXPANSION = 20
 _TORCH = (".pth", ".tar", ".pt", ".ckpt", ".bin")
 # What training scripts keep under other names: averaged weights first, as timm and deit do.
-_STATES = ("state_dict_ema", "model_ema", "state_dict", "model")
-# What DistributedDataParallel, torch.compile and Lightning put before every name.
-_PREFIXES = re.compile(r"((module|_orig_mod|model)\.)*")
+_STATES = (
+    *("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema"),
+    *("state_dict", "model_state_dict", "model"),
+)
+# What each of timm's Mixers has once, and Facebook's ResMLP: whatever is before it, put there by
+# DistributedDataParallel, torch.compile, Lightning or AveragedModel, is before all names.
+_STEMS = ("stem.proj.weight", "patch_embed.proj.weight")
 # A file of torch's old kind begins with as many pickles: magic, protocol, system, object, keys.
 _LEGACY_PICKLES = 5
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -43,28 +45,61 @@ _ZIP_END = struct.Struct("<4s12xIH")  # signature, offset, length of a comment
 _RAW_BFLOAT16 = np.dtype("V2")
 
 
-def read(path: Path) -> Tensors:
-    """Read every tensor of an .npz, .safetensors, .pth, .pth.tar, .pt, .ckpt or .bin file.
+class Weights(NamedTuple):
+    """A model's tensors, and what the training script has saved beside them."""
 
-    A prefix that all names share, since a wrapped module was saved, is left out.
+    tensors: Tensors
+    left_aside: int = 0  # tensors that are no part of the model
+    state: str = ""  # which of several states the tensors are, and which they are not
+    arguments: Mapping[str, object] = {}
+
+
+def read(path: Path) -> Tensors:
+    """Return the tensors of `weights`.
 
     Raises:
         ExportError: the file is damaged, hostile, or of another kind.
     """
+    return weights(path).tensors
+
+
+def weights(path: Path) -> Weights:
+    """Read the tensors of an .npz, .safetensors, .pth, .pth.tar, .pt, .ckpt or .bin file.
+
+    Where a wrapped module was saved, what it puts before the names is left out, and what else it
+    holds is left aside.
+
+    Raises:
+        ExportError: the file is damaged, hostile, of another kind, or holds several models.
+    """
     readers = {".npz": read_npz, ".safetensors": read_safetensors}
     readers |= dict.fromkeys(_TORCH, read_torch)
-    if path.suffix not in readers:
+    if path.suffix.lower() not in readers:
         raise ExportError(f"{path.name}: expected a file in {', '.join(readers)}")
     if not path.is_file():
         raise ExportError(f"{path}: no such file")
-    tensors = readers[path.suffix](path)
-    common = os.path.commonprefix(list(tensors))  # noqa: RUF071 # of names, not of paths
-    shared = _PREFIXES.match(common)
-    start = shared.end() if shared else 0
-    return {name[start:]: tensor for name, tensor in tensors.items()}
+    found = readers[path.suffix.lower()](path)
+    prefix = _prefix(path, found.tensors)
+    own = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in found.tensors.items()
+        if name.startswith(prefix)
+    }
+    return found._replace(tensors=own, left_aside=len(found.tensors) - len(own))
 
 
-def read_npz(path: Path) -> Tensors:
+def _prefix(path: Path, names: Iterable[str]) -> str:
+    found = {name.removesuffix(stem) for name in names for stem in _STEMS if name.endswith(stem)}
+    prefixes = sorted(prefix for prefix in found if not prefix or prefix.endswith("."))
+    if len(prefixes) > 1:
+        raise ExportError(
+            f"{path.name}: holds several models, whose names begin with "
+            f"{' and '.join(map(repr, prefixes))}; save the one that is to be served alone"
+        )
+    return prefixes[0] if prefixes else ""
+
+
+def read_npz(path: Path) -> Weights:
     """Read the tensors of a numpy archive; pickled objects are refused."""
     tensors = {}
     with _damage_as_refusal(path, "a numpy archive"), zipfile.ZipFile(path) as archive:
@@ -76,45 +111,45 @@ def read_npz(path: Path) -> Tensors:
                 _check_npy_header(path, name, stream, member.file_size)
             with archive.open(member) as stream:
                 tensors[name] = _from_numpy(npy.read_array(stream, allow_pickle=False))
-    return tensors
+    return Weights(tensors)
 
 
-def read_safetensors(path: Path) -> Tensors:
+def read_safetensors(path: Path) -> Weights:
     """Read the tensors of a safetensors file; the library checks its header against its size."""
     with (
         _damage_as_refusal(path, "a safetensors file"),
         safetensors.safe_open(path, framework="pt") as file,
     ):
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # no mapping
+        return Weights({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 # no mapping
 
 
-def arguments(path: Path) -> Mapping[str, object]:
-    """Return the arguments that a training script left in its torch checkpoint, if it has any."""
-    if path.suffix not in _TORCH:
-        return {}
-    state = _load_torch(path)
-    found = state.get("args") if isinstance(state, Mapping) else None
-    return vars(found) if isinstance(found, argparse.Namespace) else {}
-
-
-def read_torch(path: Path) -> Tensors:
+def read_torch(path: Path) -> Weights:
     """Read a torch state dict with `weights_only`, so that its pickle can build tensors alone."""
     size = path.stat().st_size
-    state = _load_torch(path)
+    saved = _load_torch(path)
     with _damage_as_refusal(path, "a torch checkpoint"):
-        for key in _STATES:
-            if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-                state = state[key]
-                break
-        if not isinstance(state, Mapping):
-            raise ExportError(f"{path.name}: holds a {type(state).__name__}, not a state dict")
+        if not isinstance(saved, Mapping):
+            raise ExportError(f"{path.name}: holds a {type(saved).__name__}, not a state dict")
+        taken, *others = [key for key in _STATES if isinstance(saved.get(key), Mapping)] or [""]
+        others = [key for key in others if saved[key]]
+        state = saved[taken] if taken else saved
         for name, tensor in state.items():
             if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
                 raise ExportError(f"{path.name}: {name} is no tensor: {type(tensor).__name__}")
         # A tensor may repeat its storage through zero strides: small in the file, huge as a copy.
         if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > size:
             raise ExportError(f"{path.name}: its tensors' shapes hold more bytes than the file")
-    return {str(name): tensor for name, tensor in state.items()}
+    return Weights(
+        {str(name): tensor for name, tensor in state.items()},
+        state=f"{taken}; left aside: {', '.join(others)}" if others else "",
+        arguments=_arguments(saved.get("args")),
+    )
+
+
+def _arguments(found: object) -> Mapping[str, object]:
+    if isinstance(found, argparse.Namespace):
+        return vars(found)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _load_torch(path: Path) -> object:
@@ -175,6 +210,8 @@ def _damage_as_refusal(path: Path, kind: str) -> Iterator[None]:
         # Damage makes the readers raise nearly anything: zlib.error, struct.error, KeyError,
         # UnicodeDecodeError, MemoryError, AttributeError. None of it is a fault of ours.
         reason = str(error).strip().split("\n", maxsplit=1)[0][:200]
+        if " " not in reason:  # a number or a name, which tell nothing
+            reason = f"{type(error).__name__} {reason}".strip()
         raise ExportError(f"{path.name}: cannot be read as {kind} ({reason})") from error
 
 

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from app.model_card import Preprocessing
+from model_export import labels
 from model_export.errors import ExportError
 from model_export.mixer import Mixer, MixerConfig
 from model_export.relatives import GMixer, GMlp, ResMlp
@@ -35,7 +36,7 @@ _HARMLESS_ARGUMENTS = {
 }  # fmt: skip
 
 
-# What train.py may be told of how images are fed.
+# What train.py is told, or None, of how images are fed.
 _FEEDING = ("crop_pct", "interpolation", "mean", "std")
 # The input of timm's mixer_b16_224.miil_*, the ones that differ from their family's.
 _MIIL = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear"}
@@ -94,6 +95,8 @@ def as_trained(arguments: Mapping[str, Any], model: Mixer) -> Preprocessing | No
         ExportError: they say what is not supported.
     """
     # As timm/data/config.py: what is None or empty is left to the default of the model's name.
+    if not arguments.keys() >= set(_FEEDING):  # of another script, which feeds otherwise
+        return None
     told = dict(_MIIL) if "_miil" in str(arguments.get("model")).replace(".", "_") else {}
     told |= {name: arguments[name] for name in _FEEDING if arguments.get(name)}
     for name in {"mean", "std"} & told.keys():
@@ -109,7 +112,7 @@ def published(path: Path, model: Mixer) -> Published:
         ExportError: it is malformed, contradicts the weights, or asks for what is not supported.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
         cfg = config.get("pretrained_cfg", config)  # older folders hold it flat
         arguments = config.get("model_args") or {}
         foreign = sorted(set(arguments) - _HARMLESS_ARGUMENTS)
@@ -128,7 +131,8 @@ def published(path: Path, model: Mixer) -> Published:
             "supported; expected center, or squash with 1.0"
         )
     preprocessing = _preprocessing(cfg, model, str(path), squash=squash)
-    return Published(preprocessing, _labels(config.get("label_names") or cfg.get("label_names")))
+    names = labels.in_order(config.get("label_names") or cfg.get("label_names"))  # _hub.py's
+    return Published(preprocessing, None if names is None else tuple(names))
 
 
 def _preprocessing(
@@ -148,15 +152,6 @@ def _preprocessing(
     except ValidationError as error:
         first = error.errors()[0]
         raise ExportError(f"{source}: {first['loc'][0]}: {first['msg']}") from error
-
-
-def _labels(names: Any) -> tuple[str, ...] | None:
-    """Read `label_names`: a list, or names by index (timm/models/_hub.py), if none is missing."""
-    if isinstance(names, dict) and names.keys() == set(map(str, range(len(names)))):
-        names = [names[str(index)] for index in range(len(names))]
-    if isinstance(names, list) and all(isinstance(name, str) for name in names):
-        return tuple(names)
-    return None
 
 
 def _kind(tensors: Tensors) -> type[Mixer]:

@@ -150,7 +150,7 @@ def _resumed_recipe(request: Request, state: dict[str, Any]) -> Recipe:
     saved = Recipe.model_validate(tomllib.loads(state["recipe"]))
     if request.flags or request.config is not None:
         given = recipe.read(request.config) | request.flags
-        asked = recipe.check(saved.model_dump() | given)
+        asked = recipe.check(saved.model_dump(exclude_unset=True) | given)
         for name in sorted(given):
             if getattr(asked, name) != getattr(saved, name):
                 raise ExportError(

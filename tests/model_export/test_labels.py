@@ -18,17 +18,25 @@ def test_text_has_one_label_a_line(tmp_path: Path) -> None:
     assert labels.load(str(path), 2) == ("ant", "bee, wild")
 
 
-def test_json_is_a_list(tmp_path: Path) -> None:
-    """A .json file holds a list of strings."""
+def test_separators_within_a_label(tmp_path: Path) -> None:
+    """Only the end of a line ends a label, on any system."""
+    path = tmp_path / "labels.txt"
+    path.write_bytes("ant\r\nbee\u2028wild\x0b!\r\n".encode())
+    assert labels.load(str(path), 2) == ("ant", "bee\u2028wild\x0b!")
+
+
+@pytest.mark.parametrize("names", [["ant", "bee"], {"1": "bee", "0": "ant"}])
+def test_json_is_a_list_or_by_index(tmp_path: Path, names: object) -> None:
+    """A .json file holds a list of strings, or strings by their index."""
     path = tmp_path / "labels.json"
-    path.write_text(json.dumps(["ant", "bee"]))
+    path.write_text(json.dumps(names))
     assert labels.load(str(path), 2) == ("ant", "bee")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.json", b'{"0": "ant"}', "expected a JSON list of strings"),
+        ("a.json", b'{"0": "ant", "2": "bee"}', "expected a JSON list of strings"),
         ("a.json", b"[1, 2]", "expected a JSON list of strings"),
         ("a.json", b"[", "not JSON"),
         ("a.json", b"[" * 100_000, "not JSON"),

@@ -22,6 +22,7 @@ from app.images import decode, patchify
 from app.model_card import ModelCard, Preprocessing, read_metadata
 from model_export import checkpoints, tensors, verify
 from model_export.cli import main
+from model_export.errors import ExportError
 from model_export.mixer import Mixer, MixerConfig
 
 from .conftest import FIXTURES, Convert
@@ -190,7 +191,7 @@ def test_input_of_a_training(
     }
     best = tmp_path / "model_best.pth.tar"
 
-    torch.save({**weights, "args": argparse.Namespace(**told)}, best)
+    torch.save({**weights, "args": told}, best)  # a plain dictionary
     card = card_of(convert(best, 5))
     assert card.preprocessing.mean == (0.0, 0.0, 0.0)
     assert card.preprocessing.std == (1.0, 0.9, 1.0)
@@ -211,7 +212,13 @@ def test_input_of_a_training(
         "bilinear",
     )
 
-    torch.save({**weights, "args": argparse.Namespace(crop_pct=7.0)}, best)
+    # torchvision's script has other arguments, and other numbers that they do not show.
+    foreign = argparse.Namespace(interpolation="bilinear", val_crop_size=32, model="mixer")
+    torch.save({**weights, "args": foreign}, best)
+    assert card_of(convert(best, 5)).preprocessing.interpolation == "bicubic"
+    assert "  assumed  " in capsys.readouterr().out
+
+    torch.save({**weights, "args": argparse.Namespace(**untold | {"crop_pct": 7.0})}, best)
     assert main(["convert", str(best), "-o", str(tmp_path / "m.onnx")]) == 1
     assert "the checkpoint's args: crop_fraction: " in capsys.readouterr().err
 
@@ -236,6 +243,13 @@ def refuse(
         return message
 
     return run
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_numbers_for_whole_pixels(refuse: Refuse, name: str) -> None:
+    """Mean and std of pixels up to 255, as OpenCV's users write them, are refused."""
+    message = refuse(FIXTURES / "timm_mixer_tiny", f"--{name}", "123.675", "116.28", "103.53")
+    assert f"{name} 123.675 116.28 103.53: expected those of pixels in [0, 1]" in message
 
 
 def spoiled(tmp_path: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
@@ -349,6 +363,10 @@ def test_draft_decoding_keeps_the_answers(photos: Path | None) -> None:
     assert (answers[0] == answers[1]).mean() >= 0.99
 
 
+def _below(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{name}.{below}": tensor for below, tensor in tensors.items()}
+
+
 @pytest.mark.parametrize(
     ("name", "wrap"),
     [
@@ -357,6 +375,10 @@ def test_draft_decoding_keeps_the_answers(photos: Path | None) -> None:
         ("deit.pth", lambda s: {"model": {}, "model_ema": s}),
         ("lightning.ckpt", lambda s: {"state_dict": {f"model.{n}": t for n, t in s.items()}}),
         ("ddp.pth", lambda s: {f"module._orig_mod.{n}": t for n, t in s.items()}),
+        ("tutorial.PT", lambda s: {"model_state_dict": s, "optimizer_state_dict": {}}),
+        ("ema.pth", lambda s: {"model": {**s, "n": s["norm.bias"]}, "ema": s}),
+        ("swa.pth", lambda s: {"n_averaged": torch.tensor(3), **_below("module", s)}),
+        ("net.ckpt", lambda s: {"state_dict": {"loss.w": s["norm.bias"], **_below("net", s)}}),
     ],
 )
 def test_what_training_leaves(
@@ -368,3 +390,25 @@ def test_what_training_leaves(
     found = tensors.read(tmp_path / name)
     assert found.keys() == plain.keys()
     assert all(torch.equal(found[key], plain[key]) for key in plain)
+
+
+def test_choice_of_weights_is_said(
+    tmp_path: Path, convert: Convert, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The report tells which of two states was taken, and how many tensors were no part of it."""
+    plain = tensors.read(FIXTURES / "timm_mixer_tiny" / "pytorch_model.bin")
+    both = {"model": plain, "ema": {**_below("module", plain), "n_averaged": torch.tensor(3)}}
+    torch.save(both, tmp_path / "both.pth")
+    convert(tmp_path / "both.pth", 5)
+    report = capsys.readouterr().out
+    assert "weights    ema; left aside: model\n" in report
+    assert "left aside 1 tensors of training state" in report
+
+
+def test_several_models_in_a_file(tmp_path: Path) -> None:
+    """Of teacher and student nobody knows which one is to be served."""
+    plain = tensors.read(FIXTURES / "timm_mixer_tiny" / "pytorch_model.bin")
+    teacher = {name: tensor.clone() for name, tensor in plain.items()}
+    torch.save({**_below("student", plain), **_below("teacher", teacher)}, tmp_path / "two.pth")
+    with pytest.raises(ExportError, match=r"several models, .* 'student\.' and 'teacher\.'"):
+        tensors.read(tmp_path / "two.pth")

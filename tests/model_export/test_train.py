@@ -401,7 +401,9 @@ def test_checkpoint_is_fine_tuned(source: str, images: Path, tmp_path: Path) -> 
     output = tmp_path / "run"
     quick = ["--init", str(FIXTURES / source), "--epochs", "2", "--warmup-epochs", "0"]
     quick += ["--lr", "0.003", "--ema", "0.5", "--batch-size", "8", "--no-compile"]
-    assert main([str(images), "-o", str(output), "--threads", "1", *quick, *MILD]) == 0
+    command = [str(images), "-o", str(output), "--threads", "1", *quick, *MILD]
+    assert main(command) == 0
+    assert main([*command, "--resume"]) == 0  # the very command, as a script repeats it
     assert float(metrics(output)[-1]["test_accuracy"]) >= 0.6
     assert cli.main(["convert", str(output), "-o", str(tmp_path / "m.onnx")]) == 0
 
