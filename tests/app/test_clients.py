@@ -280,6 +280,25 @@ class TestInferenceProtocol:
         assert label["parameters"]["binary_data_size"] == len(answer.content) - length
         assert len(score["data"]) == 3
 
+    def test_outputs_of_different_lengths(self, client: TestClient) -> None:
+        """Each output has as many values as it was asked for, and of its datatype's size."""
+        forms: list[dict[str, int]] = [{"classification": 1}, {"classification": 9}, {}]
+        outputs: list[dict[str, Any]] = [
+            {"name": "probabilities", "parameters": form} for form in forms
+        ]
+        binary = {"name": "probabilities", "parameters": {"binary_data": True}}
+        asked = {**self.body(), "outputs": [*outputs, binary], "parameters": {"top_k": 2}}
+        answer = client.post(self.URL, json=asked)
+        length = int(answer.headers["inference-header-content-length"])
+        best, *rest = json.loads(answer.content[:length])["outputs"]
+        assert [one["shape"] for one in [best, *rest]] == [[1, 1], [1, 3], [1, 3], [1, 3]]
+        every = np.frombuffer(answer.content[length:], "<f4")
+        assert every.tolist() == pytest.approx(rest[1]["data"])
+        assert best["data"] == [f"{every.max():f}:1:green"]
+        outputs = [{"name": "label"}, {"name": "index"}, {"name": "score"}, outputs[1]]
+        answer = client.post(self.URL, json={**asked, "outputs": outputs})
+        assert [one["shape"][1] for one in answer.json()["outputs"]] == [2, 2, 2, 3]
+
     @pytest.mark.parametrize("count", [True, 0, "2"])
     def test_classification_is_a_number(self, client: TestClient, count: object) -> None:
         """A `classification` that is no positive whole number is a 422 problem."""

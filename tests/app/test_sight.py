@@ -1,5 +1,6 @@
 """What an operator sees: metrics, request IDs, timing headers, log lines."""
 
+import asyncio
 import json
 import logging
 import re
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from app.logs import JsonFormatter
+from app.metrics import Metrics
 from tests.conftest import Serve
 from tests.fakes import FakeEngine, make_image
 from tests.live import log_lines
@@ -57,6 +60,27 @@ class TestMetrics:
         assert found["requests_total[outcome=ok][route=/openapi.json][status=200]"] == 1
         assert not any("photo.jpg" in name for name in found)
         assert found["request_seconds_count[route=/classify]"] == 3
+
+    def test_many_scrapes_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whoever asks at once gets the same text, and whoever asks later gets a later one."""
+        renderings: list[bytes] = []
+
+        def counted(registry: CollectorRegistry) -> bytes:
+            renderings.append(generate_latest(registry))
+            return renderings[-1]
+
+        monkeypatch.setattr("app.metrics.generate_latest", counted)
+
+        async def run() -> None:
+            measures = Metrics()
+            for number in range(3):
+                measures.refuse("/classify", "429", "queue-full", "requests")
+                texts = await asyncio.gather(*(measures.scrape() for _ in range(100)))
+                assert set(texts) == {renderings[number]}
+                assert f'reason="requests"}} {number + 1}.0'.encode() in texts[0]
+
+        asyncio.run(run())
+        assert len(renderings) == 3
 
     def test_visits_of_the_page(self, client: TestClient) -> None:
         """Who opens the page does not count among those who classify at the same address."""

@@ -9,7 +9,8 @@ import time
 
 import pytest
 from fastapi import Request
-from starlette.types import Message
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive
 
 from app.admission import Admission
 from app.answers import Extent, Steps, put_together
@@ -241,11 +242,15 @@ def test_best_of_many_images(fake: Start, figure: Figure) -> None:
 
 
 def test_answer_that_is_late() -> None:
-    """An answer whose time runs out while it is put together is given up between two images."""
+    """An answer that comes too late, or to nobody, is given up between two images."""
     taken = 0
 
     async def never() -> Message:
         return await asyncio.Future()
+
+    async def gone() -> Message:
+        await asyncio.sleep(0.05)
+        return {"type": "http.disconnect"}
 
     def steps(many: int) -> Steps[int]:
         nonlocal taken
@@ -255,15 +260,44 @@ def test_answer_that_is_late() -> None:
             time.sleep(0.001)
         return many
 
-    async def ask(many: int, seconds: float) -> int:
-        request = Request({"type": "http"}, never)
+    async def ask(many: int, seconds: float, receive: Receive = never) -> int:
+        request = Request({"type": "http"}, receive)
         extent = Extent(1000, 5, 1000)
         return await put_together(request, time.monotonic() + seconds, extent, steps(many))
 
     with pytest.raises(DeadlineExceeded):
         asyncio.run(ask(3000, 0.1))
+    with pytest.raises(DeadlineExceeded):  # no last second, since others were in time
+        asyncio.run(ask(600, 0.2))
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(ask(3000, 9, gone))
     assert asyncio.run(ask(3, 1)) == 3
-    assert 3 < taken < 1500
+    assert asyncio.run(ask(3, 0)) == 3  # the last second
+    assert 6 < taken < 2000
+
+
+def test_limit_of_unread_answers() -> None:
+    """The largest answers leave a quarter to those of batches; one alone is always taken."""
+    admission = Admission(Settings(), LatencyTable(16, 2))
+    mib = 2**20
+
+    def refuses(size: int) -> bool:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(admission.answer(size))
+            except QueueFull:
+                return True
+        return False
+
+    assert not refuses(100 * mib)
+    with admission.answer(47 * mib):
+        assert refuses(2 * mib)
+        assert not refuses(mib)
+        with admission.answer(mib), contextlib.ExitStack() as others:
+            for _ in range(16):
+                others.enter_context(admission.answer(mib))
+            assert refuses(40_000)
+    assert admission.answer_bytes == 0
 
 
 def test_long_answers_that_wait() -> None:
