@@ -115,8 +115,8 @@ class Access:
                 self._spans.export(trace, method, route, status)
 
     def _route(self, scope: Scope) -> str:
-        """Return the template that the request met, or would have met but for the door."""
-        if scope["path"] == "/" and scope["method"] != "POST":
+        """Return the template that the request met, or would have met but for the door; or PAGE."""
+        if scope["path"] == "/" and scope["method"] in ("GET", "HEAD"):
             return PAGE
         route = scope.get("route")
         if isinstance(route, Route):

@@ -109,7 +109,8 @@ class Admission:
         is_full = self.answer_images + images > self._settings.queue_size
         if self.answer_images and (is_full or self.answer_s + seconds > most_s):
             detail = "Too many long answers wait to be put together."
-            raise QueueFull(detail, max(1, math.ceil(self.answer_s)), "answers")
+            wait_s = max(self.answer_s, self._latency.wait_s(self.images))
+            raise QueueFull(detail, max(1, math.ceil(wait_s)), "answers")
         self.answer_images += images
         self.answer_s += seconds
         try:
@@ -120,13 +121,13 @@ class Admission:
 
     @contextmanager
     def answer(self, size: int) -> Iterator[None]:
-        """Count a long answer's bytes until it is sent; one alone is always taken.
+        """Count a long answer's bytes until it is sent; one alone is always taken, as are none.
 
         Raises:
             QueueFull: all of them together would be over the limit.
         """
-        quarters = 3 if size > _LARGE_ANSWER_BYTES else 4
-        if self.answer_bytes and self.answer_bytes + size > _MAX_ANSWER_BYTES * quarters // 4:
+        most = _MAX_ANSWER_BYTES * (3 if size > _LARGE_ANSWER_BYTES else 4) // 4
+        if size and self.answer_bytes and self.answer_bytes + size > most:
             raise self._full("Too many long answers wait to be read.", "answers")
         self.answer_bytes += size
         try:

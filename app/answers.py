@@ -20,7 +20,7 @@ from app.uploads import unless_gone
 # What the transport is given at once; the next piece waits until it is nearly sent.
 PIECE_BYTES = 32 * 1024
 # What it takes to put one together, and how much of that is done on the event loop.
-_PREDICTION_S, _CLASS_S = 2.5e-6, 25e-9
+_PREDICTION_S, _VALUE_S, _CLASS_S = 2.5e-6, 0.5e-6, 25e-9
 _SHORT_S = 0.00125
 # A batch waits for its images until the deadline, and answers for those that are late with 504.
 _LATE_S, _LAST_S = 0.05, 1.0
@@ -33,13 +33,16 @@ class Extent(NamedTuple):
     """How much an answer is to put together."""
 
     images: int
-    predictions: int  # for each of them
-    classes: int  # that are looked through for them
+    classes: int  # that are looked through for each of them
+    predictions: int = 0  # for each of them
+    values: int = 0  # of tensors, for each of them
 
     @property
     def seconds(self) -> float:
         """Return how long that takes, about; 0 if it is short."""
-        seconds = self.images * (self.predictions * _PREDICTION_S + self.classes * _CLASS_S)
+        seconds = self.images * (
+            self.predictions * _PREDICTION_S + self.values * _VALUE_S + self.classes * _CLASS_S
+        )
         return seconds if seconds > _SHORT_S else 0.0
 
 

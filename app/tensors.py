@@ -107,10 +107,12 @@ def write_response(
     """
     texts = np.array(labels, object)
     counts = [values_each(output, len(labels), top_k) for output in wanted]
+    ranks = [n for n, output in zip(counts, wanted, strict=True) if not _is_whole(output)]
     rows: list[list[NDArray[Any]]] = [[] for _ in wanted]
     for image in logits:  # of a thousand with thousands of classes only the best are kept
         yield
-        probabilities, order = softmax(image), ranked(image, max(counts))
+        probabilities = softmax(image)
+        order = ranked(image, max(ranks)) if ranks else np.empty(0, np.int64)
         for output, count, row in zip(wanted, counts, rows, strict=True):
             row.append(_values(output, probabilities, order[:count], texts))
     outputs, tail = [], []
@@ -148,10 +150,15 @@ def _values(
         return best
     if output.name == SCORE:
         return probabilities[order].astype("<f4")
-    if "classification" not in output.parameters:
+    if _is_whole(output):
         return probabilities.astype("<f4")
     scored = zip(probabilities[order], order, texts[order], strict=True)
     return np.array([f"{score:f}:{index}:{text}" for score, index, text in scored], object)
+
+
+def _is_whole(output: OutputRequest) -> bool:
+    """Return whether an output is of all classes, in their order."""
+    return output.name == PROBABILITIES and "classification" not in output.parameters
 
 
 def values_each(output: OutputRequest, classes: int, top_k: int) -> int:
@@ -162,7 +169,7 @@ def values_each(output: OutputRequest, classes: int, top_k: int) -> int:
     """
     if output.name != PROBABILITIES:
         return top_k
-    if "classification" not in output.parameters:
+    if _is_whole(output):
         return classes
     # Triton's classification extension: the best ones, as "score:index:label".
     return min(positive(output.parameters["classification"], "classification"), classes)

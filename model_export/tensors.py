@@ -130,8 +130,10 @@ def read_torch(path: Path) -> Weights:
     with _damage_as_refusal(path, "a torch checkpoint"):
         if not isinstance(saved, Mapping):
             raise ExportError(f"{path.name}: holds a {type(saved).__name__}, not a state dict")
-        taken, *others = [key for key in _STATES if isinstance(saved.get(key), Mapping)] or [""]
-        others = [key for key in others if saved[key]]
+        known = [key for key in _STATES if isinstance(saved.get(key), Mapping)]
+        # An average may also be kept as numbers and a list, which say nothing of names.
+        whole = [key for key in known if saved[key] and _holds_tensors(saved[key])]
+        taken, *others = whole or known[:1] or [""]
         state = saved[taken] if taken else saved
         for name, tensor in state.items():
             if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
@@ -139,17 +141,24 @@ def read_torch(path: Path) -> Weights:
         # A tensor may repeat its storage through zero strides: small in the file, huge as a copy.
         if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > size:
             raise ExportError(f"{path.name}: its tensors' shapes hold more bytes than the file")
-    return Weights(
-        {str(name): tensor for name, tensor in state.items()},
-        state=f"{taken}; left aside: {', '.join(others)}" if others else "",
-        arguments=_arguments(saved.get("args")),
-    )
+        return Weights(
+            {str(name): tensor for name, tensor in state.items()},
+            state=f"{taken}; left aside: {', '.join(others)}" if others else "",
+            arguments=_arguments(saved.get("args")),
+        )
+
+
+def _holds_tensors(state: Mapping[object, object]) -> bool:
+    return all(isinstance(tensor, Tensor) for tensor in state.values())
 
 
 def _arguments(found: object) -> Mapping[str, object]:
+    """Return a script's arguments that are plain values."""
     if isinstance(found, argparse.Namespace):
-        return vars(found)
-    return found if isinstance(found, Mapping) else {}
+        found = vars(found)
+    items = dict.items(found) if isinstance(found, dict) else ()
+    plain = (str, int, float, list, tuple, type(None))
+    return {str(name): value for name, value in items if isinstance(value, plain)}
 
 
 def _load_torch(path: Path) -> object:

@@ -43,7 +43,7 @@ async def classify(request: Request, top_k: TopK = None) -> Response:
     count = checked_top_k(top_k, classifier)
     with service.admission.body() as budget:
         upload, deadline = await read_upload(request, settings, budget)
-        extent = Extent(1, count, len(classifier.card.labels))
+        extent = Extent(1, len(classifier.card.labels), predictions=count)
         with service.admission.answering(extent.images, extent.seconds, deadline):
             [result] = await unless_gone(request, classifier.classify([upload], deadline))
             if isinstance(result, Problem):
@@ -80,7 +80,7 @@ async def classify_batch(request: Request, top_k: TopK = None) -> Response:
     with service.admission.body() as budget:
         uploads, deadline = await read_images(request, settings, budget)
         check_predictions(len(uploads), count)
-        extent = Extent(len(uploads), count, len(classifier.card.labels))
+        extent = Extent(len(uploads), len(classifier.card.labels), predictions=count)
         with service.admission.answering(extent.images, extent.seconds, deadline):
             results = await unless_gone(request, classifier.classify(uploads, deadline))
             steps = _batch_answer(classifier, results, count)

@@ -62,7 +62,7 @@ async def classify(request: Request) -> Response:
             upload, deadline = await read_image(request, settings, budget)
         labels = classifier.card.labels
         top_k = min(parameters.top_k or DEFAULT_TOP_K, len(labels))
-        extent = Extent(1, top_k, len(labels))
+        extent = Extent(1, len(labels), predictions=top_k)
         with service.admission.answering(extent.images, extent.seconds, deadline):
             [result] = await unless_gone(request, classifier.classify([upload], deadline))
             if isinstance(result, Problem):

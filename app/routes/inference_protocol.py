@@ -144,7 +144,7 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
         classes = len(classifier.card.labels)
         each = sum(values_each(output, classes, top_k) for output in asked.wanted)
         check_predictions(len(images), each)
-        extent = Extent(len(images), each, classes)
+        extent = Extent(len(images), classes, values=each)
         with service.admission.answering(extent.images, extent.seconds, deadline):
             results = await unless_gone(request, classifier.classify(images, deadline))
             logits = []

@@ -78,7 +78,9 @@ def test_memory_of_unread_answers(fake: Start, figure: Figure) -> None:
         for number, client in enumerate(held):
             client.sendall(LONG)
             if number < 48 * 2**20 // length:  # one after the other; the rest are refused
+                give_up = time.monotonic() + 20
                 while unread(server.url) < (number + 1) * length:
+                    assert time.monotonic() < give_up
                     time.sleep(0.01)
         assert all(b" 429 " in read_answer(client)[:20] for client in held[48 * 2**20 // length :])
         counted = unread(server.url)
@@ -180,8 +182,8 @@ def test_long_answers_one_after_the_other(fake: Start, figure: Figure, kind: str
             f"{statuses.count(429)} × 429, {statuses.count(504)} × 504"
         )
         assert set(statuses) <= {200, 429, 504}
-        assert statuses.count(200) > statuses.count(504)
-        assert 429 in statuses
+        assert 200 in statuses
+        assert statuses.count(429) > statuses.count(504)
         assert percentile(probes, 0.5) < 0.1
         assert unread(server.url) == 0
 
@@ -232,12 +234,12 @@ def test_best_of_many_images(fake: Start, figure: Figure) -> None:
     hasty = hasty.replace(b"Host: test", b"Host: test\r\nX-Request-Timeout-Ms: 2500")
     with fake(classes=21_843, decode_threads=2) as server, dial(server.url) as client:
         client.sendall(costly)
-        while not observe(server.url)["answer_images"]:
-            time.sleep(0.01)
+        while not (now := observe(server.url))["answer_images"] or now["images"]:
+            time.sleep(0.01)  # they are inferred, and their answer is not put together
         began = time.monotonic()
-        status = one(server.url, hasty).status
-        figure(f"{status} after {time.monotonic() - began:.2f} s behind {images} images")
-        assert status == 200
+        answer = one(server.url, hasty)
+        figure(f"{answer.status} after {time.monotonic() - began:.2f} s behind {images} images")
+        assert b'"predictions"' in answer.body
         assert b" 200 " in read_answer(client)[:20]
 
 
@@ -268,12 +270,12 @@ def test_answer_that_is_late() -> None:
     with pytest.raises(DeadlineExceeded):
         asyncio.run(ask(3000, 0.1))
     with pytest.raises(DeadlineExceeded):  # no last second, since others were in time
-        asyncio.run(ask(600, 0.2))
+        asyncio.run(ask(3000, 0.2))
     with pytest.raises(ClientDisconnect):
         asyncio.run(ask(3000, 9, gone))
     assert asyncio.run(ask(3, 1)) == 3
     assert asyncio.run(ask(3, 0)) == 3  # the last second
-    assert 6 < taken < 2000
+    assert 6 < taken < 3000
 
 
 def test_limit_of_unread_answers() -> None:

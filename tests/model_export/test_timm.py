@@ -213,6 +213,10 @@ def test_input_of_a_training(
         "bilinear",
     )
 
+    torch.save({**weights, "args": {**untold, "mean": torch.zeros(3)}}, best)  # no plain value
+    assert card_of(convert(best, 5)).preprocessing.mean == (0.5, 0.5, 0.5)
+    assert "  assumed  " in capsys.readouterr().out
+
     # torchvision's script has other arguments, and other numbers that they do not show.
     foreign = argparse.Namespace(interpolation="bilinear", val_crop_size=32, model="mixer")
     torch.save({**weights, "args": foreign}, best)
@@ -377,6 +381,8 @@ def _below(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
         ("lightning.ckpt", lambda s: {"state_dict": {f"model.{n}": t for n, t in s.items()}}),
         ("ddp.pth", lambda s: {f"module._orig_mod.{n}": t for n, t in s.items()}),
         ("tutorial.PT", lambda s: {"model_state_dict": s, "optimizer_state_dict": {}}),
+        ("averager.pth", lambda s: {"model": s, "ema": {"decay": 0.999, "shadow_params": [1]}}),
+        ("no_average.pth", lambda s: {"model": s, "model_ema": {}, "ema": {}}),
         ("ema.pth", lambda s: {"model": {**s, "n": s["norm.bias"]}, "ema": s}),
         ("swa.pth", lambda s: {"n_averaged": torch.tensor(3), **_below("module", s)}),
         ("net.ckpt", lambda s: {"state_dict": {"loss.w": s["norm.bias"], **_below("net", s)}}),
