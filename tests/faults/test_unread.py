@@ -278,6 +278,22 @@ def test_answer_that_is_late() -> None:
     assert 6 < taken < 3000
 
 
+@pytest.mark.parametrize(
+    ("extent", "least_s", "most_s"),
+    [
+        (Extent(1, 21_843, predictions=5), 0, 0),
+        (Extent(32, 1000, predictions=5), 0, 0),
+        (Extent(1, 10, values=10), 0, 0),
+        (Extent(1, 21_843, values=21_843), 0.004, 0.02),
+        (Extent(100, 21_843, predictions=5), 0.03, 0.1),
+        (Extent(1, 100_000, predictions=100_000), 0.15, 0.4),
+    ],
+)
+def test_what_answers_take(extent: Extent, least_s: float, most_s: float) -> None:
+    """What is put together in a millisecond is short, and a long answer is known to take longer."""
+    assert least_s <= extent.seconds <= most_s
+
+
 def test_limit_of_unread_answers() -> None:
     """The largest answers leave a quarter to those of batches; one alone is always taken."""
     admission = Admission(Settings(), LatencyTable(16, 2))
