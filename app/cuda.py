@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import onnxruntime
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+# A bias goes with the GELU behind it here, in one kernel; on a CPU with the product before it.
+KEPT_APART = ["MatMulAddFusion"]
 
 
 class GpuMissing(Exception):  # noqa: N818 - a reason in words, which becomes one of two others
@@ -68,7 +70,11 @@ def open_session(
             providers.insert(0, (TENSORRT, tensorrt_options(gpu, path, max_batch)))
         # Without the last word Python would try again with other providers, and print so.
         session = onnxruntime.InferenceSession(
-            path, options, providers=providers, enable_fallback=0
+            path,
+            options,
+            providers=providers,
+            enable_fallback=0,
+            disabled_optimizers=KEPT_APART,
         )
     except Exception as error:  # onnxruntime raises a class of its own for each status
         raise GpuMissing(f"it cannot run {path} there ({_reason(error)})") from error

@@ -9,10 +9,32 @@ import torch
 from torch import Tensor, nn
 
 from app.model_card import Preprocessing
-from model_export.mixer import Mixer
+from model_export.mixer import Mixer, Mlp
 
 OPSET = 20  # the first with Gelu as one operator
 _TRACED_BATCH = 2  # torch.export would take a batch of one for a constant
+
+
+class FlatMlp(nn.Module):
+    """An MLP over the rows of one matrix.
+
+    ONNX Runtime makes one operator of a matrix product and its bias, on a CPU, and none of a
+    batch's: a model of 64 tokens takes 4 to 8 % less. Half precision is for GPUs, where it makes
+    one of bias and GELU instead, and would have the matrix transposed first.
+    """
+
+    def __init__(self, mlp: Mlp) -> None:
+        super().__init__()
+        self.fc1, self.gelu, self.fc2 = mlp.fc1, mlp.gelu, mlp.fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map float [batch, rows, width] to float [batch, rows, width], as the MLP does."""
+        y = x.flatten(0, 1)  # [batch·rows, width]
+        # Not as linear layers: those the exporter writes as what CUDA cannot take apart again.
+        y = self.gelu(y @ self.fc1.weight.mT + self.fc1.bias)  # [batch·rows, hidden]
+        y = y @ self.fc2.weight.mT + self.fc2.bias  # [batch·rows, width]
+        z: Tensor = y.view(-1, *x.shape[1:])
+        return z
 
 
 class PatchClassifier(nn.Module):
@@ -31,6 +53,8 @@ class PatchClassifier(nn.Module):
         self.dtype = torch.float16 if half else torch.float32
         self.stem = fold_normalisation(model.stem, preprocessing, self.offset).to(self.dtype)
         self.blocks = copy.deepcopy(model.blocks).to(self.dtype)
+        if not half:
+            _flatten(self.blocks)
         self.norm = copy.deepcopy(model.norm).to(self.dtype)
         self.head = model.head
         self.with_features = with_features
@@ -44,6 +68,14 @@ class PatchClassifier(nn.Module):
         features = x.float().mean(dim=1)  # [batch, C]
         logits: Tensor = self.head(features)  # [batch, classes]
         return (logits, features) if self.with_features else logits
+
+
+def _flatten(blocks: nn.Module) -> None:
+    """Put a FlatMlp in the place of each Mlp."""
+    for block in blocks.children():
+        for name, part in list(block.named_children()):
+            if isinstance(part, Mlp):
+                setattr(block, name, FlatMlp(part))
 
 
 def fold_normalisation(stem: nn.Linear, preprocessing: Preprocessing, offset: int) -> nn.Linear:

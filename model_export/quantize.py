@@ -49,7 +49,8 @@ def int8(
         "op_types_to_quantize": list(_MATRIX_PRODUCTS),
         "per_channel": True,
         "weight_type": ort.QuantType.QInt8,
-        "nodes_to_exclude": keep_float,
+        # onnxruntime takes a Gemm for a MatMul of another name, and an Add.
+        "nodes_to_exclude": [*keep_float, *(f"{name}_MatMul" for name in keep_float)],
     }
     # Products of weights alone; and their outputs stay float, since bias and GELU follow.
     options = {

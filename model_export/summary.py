@@ -58,10 +58,13 @@ def inspect(path: Path) -> Summary:
 
 def macs(proto: onnx.ModelProto) -> int:
     """Count the multiply-accumulates of one image's matrix products."""
-    graph = onnx.shape_inference.infer_shapes(proto).graph
+    single = onnx.ModelProto()
+    single.CopyFrom(proto)
+    single.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    graph = onnx.shape_inference.infer_shapes(single).graph
     shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     for value in [*graph.input, *graph.output, *graph.value_info]:
-        # The batch is the only axis without a number; one image counts as one.
+        # What is named after the batch stands for it in the outputs.
         shapes[value.name] = [d.dim_value or 1 for d in value.type.tensor_type.shape.dim]
     products = [n for n in graph.node if n.op_type in {"MatMul", "Gemm", "MatMulInteger"}]
     return sum(math.prod(shapes[n.output[0]]) * shapes[n.input[0]][-1] for n in products)

@@ -5,13 +5,16 @@ import mmap
 import os
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
 from app import cuda
-from app.cuda import TENSORRT, nodes_elsewhere, pinned
+from app.cuda import KEPT_APART, TENSORRT, nodes_elsewhere, pinned
 from app.engine import CPU
 from app.errors import StartupError
 from app.settings import EMBEDDED_MODEL
@@ -145,3 +148,20 @@ def test_nodes_of_another_provider_are_named() -> None:
     left = nodes_elsewhere(session, TENSORRT)
     assert {"MatMul", "Gelu", "LayerNormalization"} <= set(left)
     assert "Cast" not in left
+
+
+@pytest.mark.parametrize(
+    ("apart", "products", "activation"), [([], 33, "Gelu"), (KEPT_APART, 1, "BiasGelu")]
+)
+def test_a_bias_goes_with_its_gelu(
+    tmp_path: Path, apart: list[str], products: int, activation: str
+) -> None:
+    """With CUDA's options a bias is one operator with GELU, on a CPU with the matrix product."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(
+        EMBEDDED_MODEL, options, providers=[CPU], disabled_optimizers=apart
+    )
+    found = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert (found["Gemm"], found[activation]) == (products, 16)

@@ -218,7 +218,7 @@ def test_inspect_shows_the_card_and_the_cost(capsys: pytest.CaptureFixture[str])
         "airplane, automobile, bird, cat, deer, …",
         "LayerNormalization 17",
         "0.076 GMACs",
-        "4.5 MB",
+        "4.6 MB",
         "CUDA: yes",
     ):
         assert fact in shown

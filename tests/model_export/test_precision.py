@@ -141,6 +141,14 @@ def test_lossiest_block_stays_float(blocks: int) -> None:
     assert card.precision == "fp32"
 
 
+def test_head_stays_float() -> None:
+    """What is to stay in float does, whichever operator it is."""
+    proto = onnx.load(MODELS / "mixer-cifar10.onnx")
+    head = quantize.parts(proto, 8)["head"]
+    products = Counter(n.op_type for n in quantize.int8(proto, head, None).graph.node)
+    assert products["MatMulInteger"] == 33
+
+
 def test_static_int8_takes_its_ranges_from_photos(convert: Convert, tmp_path: Path) -> None:
     """With --calibration the ranges are fixed, so a picture's logits do not depend on its batch."""
     photos = tmp_path / "photos"
