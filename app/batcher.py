@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from app.batch import Batch, infer
 from app.cpus import INFERENCE_NICE, give_way
 from app.engine import Engine
 from app.entry import Entry
@@ -34,47 +35,6 @@ logger = logging.getLogger(__name__)
 PROBE_PERIOD_S = 1.0
 # A request that comes while spare work runs waits for it: no longer than a person could notice.
 SPARE_BATCH_S = 0.02
-
-
-class Batch:
-    """Entries that go through the engine together, in shares that threads infer side by side."""
-
-    def __init__(self, entries: Sequence[Entry], shares: Sequence[Share]) -> None:
-        self.entries = entries
-        self.shares = shares
-        self._error: Exception | None = None  # of any share
-        self.forming_s = 0.0
-        self.inferring = 0.0  # seconds of time.perf_counter()
-        ends = list(itertools.accumulate(share.images for share in shares))
-        self._slices = [slice(*ends) for ends in itertools.pairwise([0, *ends])]
-        self._logits: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(shares)
-        self._done = itertools.count(1)
-
-    def infer(self, number: int, engine: Engine) -> bool:
-        """Infer one share; return whether it was the last one to be done."""
-        try:
-            self._logits[number] = self._infer(number, engine)
-        except Exception as error:
-            self._error = error
-        return next(self._done) == len(self.shares)
-
-    def logits(self) -> NDArray[np.float32]:
-        """Return logits float32 [batch, classes], once all shares are done.
-
-        Raises:
-            Exception: whatever the engine raised.
-        """
-        if self._error is not None:
-            raise self._error
-        return np.concatenate(self._logits)
-
-    def _infer(self, number: int, engine: Engine) -> NDArray[np.float32]:
-        forming = time.perf_counter()
-        patches = np.stack([entry.picture.patches for entry in self.entries[self._slices[number]]])
-        if number == 0:
-            self.inferring = time.perf_counter()
-            self.forming_s = self.inferring - forming
-        return _infer(engine, patches, self.shares[number])
 
 
 class Batcher:
@@ -219,7 +179,7 @@ class Batcher:
         start = time.perf_counter()
         try:
             with self.pulse.inferring():
-                logits = _infer(self._engine, patches, Share(1))
+                logits = infer(self._engine, patches, Share(1))
             if not np.isfinite(logits).any():
                 raise RuntimeError("the logits are not finite")
             with self._books:
@@ -228,14 +188,6 @@ class Batcher:
             logger.exception("the engine failed on a probe")
             with self._books:
                 self.pulse.fail()
-
-
-def _infer(engine: Engine, patches: NDArray[np.uint8], share: Share) -> NDArray[np.float32]:
-    """Return logits float32 [share, classes], as many as there are images."""
-    logits = engine.infer(patches, share)
-    if len(logits) != len(patches):
-        raise RuntimeError(f"the engine gave {len(logits)} logits for {len(patches)} images")
-    return logits
 
 
 def _settle(batch: Sequence[Entry], logits: NDArray[np.float32] | None) -> None:

@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from starlette.testclient import TestClient
 
-from app.batcher import Batch, Batcher, _settle
+from app.batch import Batch
+from app.batcher import Batcher, _settle
 from app.engine import OnnxEngine
 from app.entry import Entry
 from app.errors import InferenceFailed

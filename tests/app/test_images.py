@@ -224,8 +224,9 @@ class TestModes:
     def test_sixteen_bits_of_color_with_transparency(self) -> None:
         """Of the transparent color of 16 bits the upper eight count."""
         ramp = np.arange(256).reshape(16, 16)
-        rows = np.stack([ramp * 257] * 3, axis=2).astype(">u2")
-        found = pixels(png(16, 16, 2, rows.tobytes(), struct.pack(">HHH", *[9 * 257] * 3)), 16)
+        rows = np.stack([ramp * 256 + 7] * 3, axis=2).astype(">u2")
+        transparent = struct.pack(">HHH", *[9 * 256 + 7] * 3)
+        found = pixels(png(16, 16, 2, rows.tobytes(), transparent), 16)
         assert (found == np.where(ramp == 9, 255, ramp)[:, :, None]).all()
 
     def test_a_text_of_that_name(self) -> None:
