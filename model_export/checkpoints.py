@@ -31,9 +31,11 @@ def load(source: str, *, sha256: str | None = None, allow_zero_head: bool = Fals
     """Load a Google .npz, a timm folder or weights file, or an hf-hub: address.
 
     Raises:
-        ExportError: it is missing, damaged, hostile, no Mixer (the message names the tensor), not
-            the file that `sha256` pins, or has a head of zeros that was not allowed.
+        ExportError: it is missing, a web address, damaged, hostile, no Mixer (the message names the
+            tensor), not the file that `sha256` pins, or has a head of zeros that was not allowed.
     """
+    if "://" in source:
+        raise ExportError(f"{source}: download the file, or give hf-hub:owner/name")
     if source.startswith(hub.PREFIXES):
         snapshot = hub.fetch(source)
         checkpoint = _timm(snapshot.weights, snapshot.config, snapshot.address, sha256)

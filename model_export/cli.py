@@ -39,6 +39,11 @@ def _convert(options: argparse.Namespace) -> None:
     output = Path(options.output)
     if output.suffix.lower() != ".onnx":  # else a slip would overwrite the checkpoint itself
         raise ExportError(f"-o {options.output}: expected a file that ends in .onnx")
+    if options.calibration is not None and options.precision == "fp32":
+        raise ExportError(
+            f"--calibration {options.calibration}: --precision fp32 has nothing to calibrate or to "
+            "compare; add --precision int8 or fp16"
+        )
     steps = 4 if options.precision == "fp32" else 7
     name = options.name or output.stem
     if "/" in name:

@@ -185,6 +185,16 @@ def test_missing_source_is_one_plain_line(tmp_path: Path, labels: Callable[[int]
     assert done.stderr == "mixer-export: absent.npz: no such file\n"
 
 
+def test_web_address_is_told_from_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A web address as the source is refused with what to give instead."""
+    command = ["convert", "https://example.com/m.npz", "-o", str(tmp_path / "m.onnx")]
+    assert main(command) == 1
+    said = "https://example.com/m.npz: download the file, or give hf-hub:owner/name"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("output", ["weights.npz", ".", ""])
 def test_output_must_be_an_onnx_file(
     output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -181,6 +181,12 @@ def test_calibration_needs_pictures(
     assert "holds no picture that can be decoded" in capsys.readouterr().err
 
 
+def test_calibration_of_fp32_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--calibration without a smaller precision would do nothing, so it is refused."""
+    assert main(cifar10(tmp_path / "m.onnx", "--calibration", str(tmp_path))) == 1
+    assert "nothing to calibrate or to compare; add --precision int8" in capsys.readouterr().err
+
+
 def test_fp16_computes_in_half_and_answers_in_float(convert: Convert) -> None:
     """fp16 weights are half, the head and the outputs float32, and the logits nearly float's."""
     output = convert(TINY, 7, "--precision", "fp16", "--with-features")
