@@ -46,7 +46,8 @@ class Batch:
 
     def _infer(self, number: int, engine: Engine) -> NDArray[np.float32]:
         forming = time.perf_counter()
-        patches = np.stack([entry.picture.patches for entry in self.entries[self._slices[number]]])
+        entries = self.entries[self._slices[number]]
+        patches = engine.stack([entry.picture.patches for entry in entries])
         if number == 0:
             self.inferring = time.perf_counter()
             self.forming_s = self.inferring - forming

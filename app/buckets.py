@@ -5,19 +5,18 @@ the same code runs there under test.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from app.memory import Memory
 from app.shares import Share
 
 if TYPE_CHECKING:
     import onnxruntime
-
-Stage = Callable[[tuple[int, ...]], NDArray[np.uint8]]
 
 
 def bucket_sizes(max_batch: int) -> tuple[int, ...]:
@@ -30,20 +29,21 @@ class Buckets:
     """Runs batches of any size up to the largest bucket.
 
     All of it on one thread of its own: ONNX Runtime keeps a captured CUDA graph per thread, and the
-    buffers hold one batch at a time. So any thread may call, and none captures a graph anew.
+    buffers hold one batch at a time. So any thread may call, and none captures a graph anew. Only
+    what `stack` returns is for one thread at a time.
     """
 
     threads = 1
 
     def __init__(
-        self, session: "onnxruntime.InferenceSession", max_batch: int, device: str, stage: Stage
+        self, session: "onnxruntime.InferenceSession", max_batch: int, memory: Memory
     ) -> None:
-        """Allocate for `device` (cpu or cuda); `stage` makes the buffer that it reads from."""
+        """Allocate all buffers."""
         _, tokens, patch_bytes = session.get_inputs()[0].shape
         self._sizes = bucket_sizes(max_batch)
-        self._staging = stage((max_batch, tokens, patch_bytes))
+        self._staging = memory.stage((max_batch, tokens, patch_bytes))
         self._buckets = [
-            Bucket(session, self._staging[:size], device, graph_id)
+            Bucket(session, self._staging[:size], memory, graph_id)
             for graph_id, size in enumerate(self._sizes, start=1)
         ]
         self._thread = ThreadPoolExecutor(1, "mixer-device")
@@ -51,6 +51,16 @@ class Buckets:
     def cut(self, images: int) -> list[Share]:
         """Return one share: a device takes a batch whole."""
         return [Share(images)]
+
+    def stack(self, pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """Return patches uint8 [batch, tokens, P·P·3], in the buffer that the device reads from.
+
+        They stay until the next call. So a picture is copied once on its way there, not twice.
+
+        Raises:
+            ValueError: there are more than the largest bucket holds.
+        """
+        return np.stack(pictures, out=self._staging[: len(pictures)])
 
     def infer(self, patches: NDArray[np.uint8], share: Share) -> NDArray[np.float32]:
         """Return what `run` does."""
@@ -76,17 +86,18 @@ class Bucket:
         self,
         session: "onnxruntime.InferenceSession",
         staging: NDArray[np.uint8],
-        device: str,
+        memory: Memory,
         graph_id: int,
     ) -> None:
         """Bind buffers for batches of the size of `staging`, which all buckets share."""
         import onnxruntime
 
-        _, classes = session.get_outputs()[0].shape
+        _, self._classes = session.get_outputs()[0].shape
         make = onnxruntime.OrtValue.ortvalue_from_shape_and_type
         self._staging = staging  # uint8 [size, tokens, P·P·3]
-        self._input: Any = make(staging.shape, np.uint8, device, 0)
-        self._output: Any = make((len(staging), classes), np.float32, device, 0)
+        self._copy = memory.copy
+        self._input: Any = make(staging.shape, np.uint8, memory.device, 0)
+        self._output: Any = make((len(staging), self._classes), np.float32, memory.device, 0)
         self._session = session
         self._binding = session.io_binding()
         self._binding.bind_ortvalue_input("patches", self._input)
@@ -100,9 +111,11 @@ class Bucket:
 
         What pads the batch is left over from an earlier one: rows never see each other.
         """
-        self._staging[: len(patches)] = patches
-        self._input.update_inplace(self._staging)
+        staged = self._staging[: len(patches)]
+        if patches.ctypes.data != staged.ctypes.data:  # else `stack` has put them there
+            staged[:] = patches
+        logits = np.empty((len(patches), self._classes), np.float32)
+        self._copy(self._input.data_ptr(), staged.ctypes.data, staged.nbytes)
         self._session.run_with_iobinding(self._binding, self._options)
-        # On the CPU numpy() is a view of the buffer, which the next batch overwrites.
-        logits: NDArray[np.float32] = self._output.numpy()[: len(patches)].copy()
+        self._copy(logits.ctypes.data, self._output.data_ptr(), logits.nbytes)
         return logits

@@ -8,19 +8,11 @@ import contextlib
 import ctypes
 import hashlib
 import io
-import math
-import mmap
 import os
 import re
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
-
-from app.errors import StartupError
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -63,6 +55,8 @@ def open_session(
     onnxruntime.set_default_logger_severity(4)  # what fails below reaches the operator as one line
     # Without this a node that the GPU cannot run, or all of them, would land silently on the CPU.
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    # It would lay out each bucket's memory anew beside that of the run it was learnt from.
+    options.enable_mem_pattern = False
     try:
         providers = [(CUDA, cuda_options(gpu))]
         if gpu.tensorrt:
@@ -77,7 +71,7 @@ def open_session(
             disabled_optimizers=KEPT_APART,
         )
     except Exception as error:  # onnxruntime raises a class of its own for each status
-        raise GpuMissing(f"it cannot run {path} there ({_reason(error)})") from error
+        raise GpuMissing(f"it cannot run {path} there ({reason(error)})") from error
     if session.get_providers()[0] != wanted:
         raise GpuMissing(f"onnxruntime fell back to {session.get_providers()[0]}")
     if gpu.tensorrt and (left := nodes_elsewhere(session, wanted)):
@@ -154,33 +148,6 @@ def _input_shape(path: Path) -> tuple[int, int]:
     return tokens, patch_bytes
 
 
-def pinned(shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Return a staging buffer uint8 [*shape] that the GPU reads: locked in memory while it lives.
-
-    Its pages are its own, for CUDA pins none of them twice.
-
-    Raises:
-        StartupError: CUDA refuses.
-    """
-    runtime = ctypes.CDLL(f"libcudart.so.{_cuda_major()}")
-    pages = mmap.mmap(-1, math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    buffer = np.frombuffer(pages, np.uint8)
-    address = ctypes.c_void_p(buffer.ctypes.data)
-    status = runtime.cudaHostRegister(address, ctypes.c_size_t(buffer.nbytes), ctypes.c_uint(0))
-    if status:
-        runtime.cudaGetLastError()  # or a later call would be told of this one's
-        raise StartupError(f"CUDA cannot pin {buffer.nbytes} bytes of memory (error {status})")
-    # What comes to lie at this address afterwards could else not be pinned (error 712). At the
-    # process's end CUDA may be gone before us.
-    weakref.finalize(buffer, runtime.cudaHostUnregister, address).atexit = False
-    return buffer.reshape(shape)
-
-
-def pageable(shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Return a staging buffer uint8 [*shape] on the CPU, where there is nobody to pin it for."""
-    return np.zeros(shape, np.uint8)
-
-
 def _load_libraries(*, tensorrt: bool) -> None:
     import onnxruntime
 
@@ -206,15 +173,18 @@ def _load_libraries(*, tensorrt: bool) -> None:
             raise GpuMissing(f"onnxruntime's GPU provider cannot load: {error}") from error
 
 
-def _reason(error: Exception) -> str:
-    """Return what of an error of ONNX Runtime's is for people."""
+def reason(error: Exception) -> str:
+    """Return what of an error of ONNX Runtime's is for people, in one line."""
     line = str(error).strip().partition("\n")[0]
-    # Around CUDA's own words are functions, files and the host's name.
-    found = re.search(r"CUDA failure \d+: [^;]*[^; ]", line)
+    if "no kernel image" in line:  # error 209: its wheels hold code for some architectures, no PTX
+        return "this onnxruntime has no code for a GPU of this architecture"
+    # Around CUDA's own words, and the arena's, are functions, files and the host's name.
+    found = re.search(
+        r"(?:CUDA failure \d+:|Available memory of|Failed to allocate memory) [^;]*[^; ]", line
+    )
     return found[0] if found else line
 
 
-def _cuda_major() -> str:
-    from onnxruntime.capi import build_and_package_info
-
-    return str(build_and_package_info.cuda_version).partition(".")[0]
+def is_over_limit(error: Exception) -> bool:
+    """Return whether it was `GpuOptions.memory_mib` that left an inference without memory."""
+    return "Available memory of" in str(error)  # BFCArena's words for its own limit

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -11,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.buckets import Buckets
-from app.cuda import GpuMissing, GpuOptions, open_session, pageable, pinned
+from app.cuda import GpuMissing, GpuOptions, is_over_limit, open_session, reason
 from app.errors import StartupError
+from app.memory import CPU_MEMORY, gpu_memory
 from app.model_card import CardError, ModelCard, read_metadata
 from app.shares import Share, Shares
 
@@ -38,6 +40,10 @@ class Engine(Protocol):
 
     def cut(self, images: int) -> list[Share]:
         """Return the shares in which a batch is inferred best, for `threads` to take in order."""
+        ...
+
+    def stack(self, pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """Return patches uint8 [share, tokens, P·P·3] for the next `infer`, of single pictures."""
         ...
 
     def infer(self, patches: NDArray[np.uint8], share: Share) -> NDArray[np.float32]:
@@ -73,33 +79,36 @@ class OnnxEngine:
     ) -> None:
         if what := _instead_of_file(path):
             raise StartupError(f"MIXER_MODEL={path}: {what}; give a file from mixer-export")
-        self._session, self.provider, remark = _open(path, device, threads, max_batch, gpu)
         try:
-            self.card, self._golden = read_metadata(
-                self._session.get_modelmeta().custom_metadata_map
-            )
-        except CardError as error:
-            raise StartupError(f"MIXER_MODEL={path}: {error}") from error
-        self._check_signature(path)
-        self._batches: Buckets | Shares
-        if self.provider != CPU:
-            self._batches = self._buckets_on_gpu(max_batch)
-        elif bucketed:
-            self._batches = Buckets(self._session, max_batch, "cpu", pageable)
-        else:
-            tokens = self.card.preprocessing.tokens
-            narrow = _open_on_cpu(path, 1) if threads > 1 else self._session
-            if self.card.parameters * tokens < _SMALL:
-                self._session = narrow
-            self._batches = Shares(narrow, self._session, threads, tokens)
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise StartupError(
+                f"MIXER_MODEL={path}: onnxruntime takes no path that is not UTF-8; rename it"
+            ) from None
+        _runtime()  # without it there is no provider to ask for
+        remark = ""
+        if device != "cpu":
+            try:
+                self._open_on_gpu(path, threads, max_batch, gpu, tensorrt=device == "tensorrt")
+            except (GpuMissing, StartupError) as error:
+                if device != "auto" and isinstance(error, StartupError):
+                    raise
+                if device != "auto":
+                    raise StartupError(f"MIXER_DEVICE={device}: {error}") from error
+                device, remark = "cpu", f"device auto: serving on the CPU, since {error}"
+        if device == "cpu":
+            self._open_on_cpu(path, threads, max_batch, bucketed=bucketed)
         self.threads = self._batches.threads
-        self._check_golden(path, max_batch)
         if remark:  # not before: what stops start-up is one line
             logger.warning(remark)
 
     def cut(self, images: int) -> list[Share]:
         """Return the shares of a batch: pieces for each core, or all of it for a GPU."""
         return self._batches.cut(images)
+
+    def stack(self, pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """Return patches uint8 [share, tokens, P·P·3] for the next `infer`, of single pictures."""
+        return self._batches.stack(pictures)
 
     def infer(self, patches: NDArray[np.uint8], share: Share) -> NDArray[np.float32]:
         """Return logits float32 [share, classes] for patches uint8 [share, tokens, P·P·3]."""
@@ -109,15 +118,47 @@ class OnnxEngine:
         """Return logits float32 [batch, classes] for patches uint8 [batch, tokens, P·P·3]."""
         return self._batches.run(patches)
 
-    def _buckets_on_gpu(self, max_batch: int) -> Buckets:
+    def _open_on_gpu(
+        self, path: Path, threads: int, max_batch: int, gpu: GpuOptions, *, tensorrt: bool
+    ) -> None:
+        """Run the model on a GPU, and prove that it does.
+
+        Raises:
+            GpuMissing: it cannot be opened there.
+            StartupError: it does not run there, or not as it should.
+        """
+        gpu = replace(gpu, tensorrt=tensorrt)
+        session, self.provider = open_session(path, _options(threads), gpu, max_batch)
+        self._read_card(path, session)
         try:
-            return Buckets(self._session, max_batch, "cuda", pinned)
+            self._batches: Buckets | Shares = Buckets(session, max_batch, gpu_memory())
         except RuntimeError as error:  # as onnxruntime's are
             raise too_large(max_batch, self.provider, error) from error
+        self._check_golden(path, max_batch)
 
-    def _check_signature(self, path: Path) -> None:
+    def _open_on_cpu(self, path: Path, threads: int, max_batch: int, *, bucketed: bool) -> None:
+        session, self.provider = _cpu_session(path, threads), CPU
+        self._read_card(path, session)
+        if bucketed:
+            self._batches = Buckets(session, max_batch, CPU_MEMORY)
+        else:
+            tokens = self.card.preprocessing.tokens
+            narrow = _cpu_session(path, 1) if threads > 1 else session
+            if self.card.parameters * tokens < _SMALL:
+                session = narrow
+            self._batches = Shares(narrow, session, threads, tokens)
+        self._check_golden(path, max_batch)
+
+    def _read_card(self, path: Path, session: "onnxruntime.InferenceSession") -> None:
+        try:
+            self.card, self._golden = read_metadata(session.get_modelmeta().custom_metadata_map)
+        except CardError as error:
+            raise StartupError(f"MIXER_MODEL={path}: {error}") from error
+        self._check_signature(path, session)
+
+    def _check_signature(self, path: Path, session: "onnxruntime.InferenceSession") -> None:
         preprocessing = self.card.preprocessing
-        found = self._session.get_inputs()[0]
+        found = session.get_inputs()[0]
         wanted = [preprocessing.tokens, preprocessing.patch_bytes]
         if found.name != "patches" or found.type != "tensor(uint8)" or found.shape[1:] != wanted:
             raise StartupError(
@@ -135,7 +176,8 @@ class OnnxEngine:
                 difference = float(np.abs(logits - expected).max())
             except Exception as error:  # onnxruntime raises a class of its own for each status
                 raise StartupError(
-                    f"MIXER_MODEL={path}: {self.provider} cannot run it ({_first_line(error)})"
+                    f"MIXER_MODEL={path}: {self.provider} cannot run it ({reason(error)})"
+                    + "; choose a larger MIXER_GPU_MEMORY_MIB" * is_over_limit(error)
                 ) from error
             if logits.shape != (batch, expected.shape[1]):
                 raise StartupError(
@@ -154,34 +196,10 @@ def too_large(images: int, provider: str, error: Exception) -> StartupError:
     """Return that a device has no room for a batch of so many."""
     return StartupError(
         f"MIXER_MAX_BATCH={images}: {provider} cannot run so many images at once "
-        f"({_first_line(error)}); choose fewer"
+        f"({reason(error)}); choose fewer"
+        + " or a larger MIXER_GPU_MEMORY_MIB"
+        * is_over_limit(error)
     )
-
-
-def _open(
-    path: Path, device: Device, threads: int, max_batch: int, gpu: GpuOptions
-) -> "tuple[onnxruntime.InferenceSession, str, str]":
-    """Return a session on the device asked for, its provider, and what the operator should know.
-
-    `auto` tries CUDA, then says why it is the CPU.
-    """
-    remark = ""
-    _runtime()  # without it there is no provider to ask for
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise StartupError(
-            f"MIXER_MODEL={path}: onnxruntime takes no path that is not UTF-8; rename it"
-        ) from None
-    if device != "cpu":
-        gpu = replace(gpu, tensorrt=device == "tensorrt")
-        try:
-            return *open_session(path, _options(threads), gpu, max_batch), remark
-        except GpuMissing as missing:
-            if device != "auto":
-                raise StartupError(f"MIXER_DEVICE={device}: {missing}") from missing
-            remark = f"device auto: serving on the CPU, since {missing}"
-    return _open_on_cpu(path, threads), CPU, remark
 
 
 def _instead_of_file(path: Path) -> str:
@@ -194,7 +212,7 @@ def _instead_of_file(path: Path) -> str:
         return "no such file"
 
 
-def _open_on_cpu(path: Path, threads: int) -> "onnxruntime.InferenceSession":
+def _cpu_session(path: Path, threads: int) -> "onnxruntime.InferenceSession":
     try:
         return _runtime().InferenceSession(path, _options(threads), providers=[CPU])
     except Exception as error:  # onnxruntime raises a class of its own for each status

@@ -4,6 +4,7 @@ Threads inside one inference wait for each other after every operator, and read 
 has just written. Mixers of all sizes take 5 to 20 % less CPU when each core has images of its own.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -59,6 +60,10 @@ class Shares:
         count = min(rounds * self.threads, images)
         shares = [Share((images + count - 1 - number) // count) for number in range(count)]
         return [*shares, Share(rest, is_wide=True)] if rest else shares
+
+    def stack(self, pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """Return patches uint8 [share, tokens, P·P·3] of single pictures."""
+        return np.stack(pictures)
 
     def infer(self, patches: NDArray[np.uint8], share: Share) -> NDArray[np.float32]:
         """Return logits float32 [share, classes] for patches uint8 [share, tokens, P·P·3]."""

@@ -2,7 +2,7 @@
 
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,6 +46,10 @@ class FakeEngine:
         """Return shares of an equal size, one for each thread."""
         count = min(self.threads, images)
         return [Share((images + count - 1 - number) // count) for number in range(count)]
+
+    def stack(self, pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """Return patches uint8 [share, tokens, P·P·3] of single pictures."""
+        return np.stack(pictures)
 
     def infer(self, patches: NDArray[np.uint8], share: Share) -> NDArray[np.float32]:
         """Return what `run` does."""

@@ -11,9 +11,10 @@ import onnxruntime
 import pytest
 
 from app.buckets import bucket_sizes
-from app.cuda import CUDA, GpuOptions, cuda_options, tensorrt_options
+from app.cuda import CUDA, GpuOptions, cuda_options, reason, tensorrt_options
 from app.engine import CPU, Device, OnnxEngine
 from app.errors import StartupError
+from app.memory import CPU_MEMORY, gpu_memory
 from app.model_card import CARD_KEY, CardError, Golden, read_metadata, write_metadata
 from app.settings import EMBEDDED_MODEL
 from app.shares import Share, Shares
@@ -207,14 +208,82 @@ def test_tensorrt_options() -> None:
     }
 
 
-def test_no_room_for_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU without room for the batches' buffers stops the start-up in one line."""
+def without_room(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    """Let there be a GPU whose memory does not suffice for the batches' buffers."""
     session = onnxruntime.InferenceSession(EMBEDDED_MODEL, providers=[CPU])
-    monkeypatch.setattr("app.engine._open", lambda *_: (session, CUDA, ""))
-    monkeypatch.setattr("app.engine.Buckets", Mock(side_effect=RuntimeError("no memory\nstack")))
+    monkeypatch.setattr("app.engine.open_session", lambda *_: (session, CUDA))
+    monkeypatch.setattr("app.engine.gpu_memory", lambda: CPU_MEMORY)
+    monkeypatch.setattr("app.engine.Buckets", Mock(side_effect=RuntimeError(said)))
+
+
+@pytest.mark.parametrize(
+    ("said", "told", "mend"),
+    [
+        ("no memory\nstack", "no memory", "choose fewer"),
+        (
+            "bfc_arena.cc:360 void* AllocateRawInternal(size_t) Available memory of 5 is smaller "
+            "than requested bytes of 9",
+            "Available memory of 5 is smaller than requested bytes of 9",
+            "choose fewer or a larger MIXER_GPU_MEMORY_MIB",
+        ),
+    ],
+)
+def test_no_room_for_buffers(
+    said: str, told: str, mend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU without room for the batches' buffers stops the start-up in one line."""
+    without_room(monkeypatch, said)
     with pytest.raises(StartupError) as raised:
         OnnxEngine(EMBEDDED_MODEL, "cuda", 1, max_batch=64)
     assert str(raised.value) == (
-        "MIXER_MAX_BATCH=64: CUDAExecutionProvider cannot run so many images at once (no memory); "
-        "choose fewer"
+        f"MIXER_MAX_BATCH=64: CUDAExecutionProvider cannot run so many images at once ({told}); "
+        f"{mend}"
     )
+
+
+def test_auto_without_room(
+    exact: OnnxEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With --device auto, a GPU that opens the model but cannot run it leaves it to the CPU."""
+    without_room(monkeypatch, "no memory")
+    engine = OnnxEngine(EMBEDDED_MODEL, "auto", 1, max_batch=64)
+    assert engine.provider == CPU
+    np.testing.assert_allclose(engine.run(draw(3)), exact.run(draw(3)), atol=1e-5)
+    [line] = caplog.messages
+    assert line.startswith("device auto: serving on the CPU, since MIXER_MAX_BATCH=64: CUDA")
+
+
+def test_stacked_pictures_are_not_copied_again(exact: OnnxEngine, bucketed: OnnxEngine) -> None:
+    """Pictures stacked for a device lie where it reads them, and answer as a batch does."""
+    pictures = list(draw(3, seed=6))
+    first, again = bucketed.stack(pictures), bucketed.stack(pictures[::-1])
+    assert np.shares_memory(first, again)
+    logits = bucketed.infer(again, Share(3))
+    np.testing.assert_allclose(logits[::-1], exact.run(draw(3, seed=6)), atol=1e-5)
+
+
+def test_copy_that_cuda_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that fails on a GPU is an error with CUDA's number, never old logits."""
+    runtime = Mock()
+    runtime.cudaMemcpy.return_value = 700
+    monkeypatch.setattr("ctypes.CDLL", lambda _: runtime)
+    monkeypatch.setattr("app.memory._cuda_major", lambda: "13")
+    with pytest.raises(RuntimeError, match=r"cannot copy 48 bytes \(error 700\)"):
+        gpu_memory().copy(1, 2, 48)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("CUDA failure 35: too old; GPU=0 ; hostname=h", "CUDA failure 35: too old"),
+        (
+            "Non-zero status code returned while running Cast node. Status Message: CUDA error "
+            "cudaErrorNoKernelImageForDevice:no kernel image is available for execution",
+            "this onnxruntime has no code for a GPU of this architecture",
+        ),
+        ("anything else\nstack", "anything else"),
+    ],
+)
+def test_reasons(said: str, told: str) -> None:
+    """What an operator is told of ONNX Runtime's errors is in plain words, in one line."""
+    assert reason(RuntimeError(said)) == told

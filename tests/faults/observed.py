@@ -43,6 +43,7 @@ class ObservedEngine:
         )
         self.card, self.provider = self.engine.card, self.engine.provider
         self.threads, self.cut = self.engine.threads, self.engine.cut
+        self.stack = self.engine.stack
         self.images = 0
         self.fault = "none"
         self.slower_s = 0.0

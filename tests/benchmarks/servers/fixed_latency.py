@@ -6,6 +6,7 @@ What it then serves is what HTTP, decoding and batching can feed.
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,10 @@ class FixedLatencyEngine:
     def cut(self, images: int) -> list[Share]:
         """Return one share."""
         return [Share(images)]
+
+    def stack(self, pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """Return patches uint8 [share, tokens, P·P·3] of single pictures."""
+        return np.stack(pictures)
 
     def infer(self, patches: NDArray[np.uint8], share: Share) -> NDArray[np.float32]:
         """Return what `run` does."""
