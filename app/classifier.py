@@ -155,17 +155,23 @@ class Classifier:
                 raise result
         return [result for result in results if not isinstance(result, Exception)]
 
-    async def in_decoder(self, work: Callable[[], Answer]) -> Answer:
-        """Run `work` in one of the threads that wait for decoders."""
+    async def in_decoder(self, work: Callable[[], Answer], deadline: float) -> Answer:
+        """Run `work`, as long as decoding an image, in one of the threads that wait for decoders.
+
+        Raises:
+            QueueFull, DeadlineExceeded: refused at the door, see Admission.queue.
+        """
         done: Future[Answer] = Future()
+        self._admission.admit(1, deadline)
 
         def run() -> None:
-            if not done.set_running_or_notify_cancel():  # nobody waits any more
-                return
             try:
-                done.set_result(work())
+                if done.set_running_or_notify_cancel():  # else nobody waits any more
+                    done.set_result(work())
             except Exception as error:
                 done.set_exception(error)
+            finally:
+                self._loop.call_soon_threadsafe(self._admission.dismiss, 1)
 
         self._work.put(run)
         return await asyncio.wrap_future(done)

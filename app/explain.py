@@ -6,6 +6,7 @@ patches, so they are its natural unit. The work runs through the same engine, in
 
 import asyncio
 import io
+import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -57,38 +58,32 @@ class Explainer:
         self._latency = latency
         self._running = False
 
-    async def explain(
-        self, upload: bytes, deadline: float, index: int | None, waiting: int
-    ) -> Explanation:
+    async def explain(self, upload: bytes, deadline: float, index: int | None) -> Explanation:
         """Return why the upload gets its best label, or the label at `index`.
 
-        `deadline` is in seconds of `time.monotonic()`, `waiting` the images in the queue.
+        `deadline` is in seconds of `time.monotonic()`.
 
         Raises:
-            QueueFull: another explanation runs, or requests would wait for this one.
             InvalidParameter: the model has no label at `index`.
             Problem: as for classifying the upload.
         """
         classes = len(self._classifier.card.labels)
         if index is not None and index >= classes:
             raise InvalidParameter(f"index is {index}; it must be from 0 to {classes - 1}.")
-        with self._only_one(waiting):
-            grid = _grid_side(self._classifier.card.preprocessing)
-            cell = self._cell(grid, deadline - time.monotonic())
-            [result] = await self._classifier.classify([upload], deadline)
-            if isinstance(result, Problem):
-                raise result
-            chosen = int(result.logits.argmax()) if index is None else index
-            before = _log_probability(result.logits, chosen)
-            side = -(-grid // cell)
-            lost: list[float] = []
-            for start in range(0, side * side, CHUNK):
-                cells = range(start, min(start + CHUNK, side * side))
-                hidden = [
-                    _hide(result.picture, grid, cell, *divmod(number, side)) for number in cells
-                ]
-                logits = await self._classifier.infer_spare(hidden, deadline)
-                lost += [before - _log_probability(row, chosen) for row in logits]
+        grid = _grid_side(self._classifier.card.preprocessing)
+        cell = self._cell(grid, deadline - time.monotonic())
+        [result] = await self._classifier.classify([upload], deadline)
+        if isinstance(result, Problem):
+            raise result
+        chosen = int(result.logits.argmax()) if index is None else index
+        before = _log_probability(result.logits, chosen)
+        side = -(-grid // cell)
+        lost: list[float] = []
+        for start in range(0, side * side, CHUNK):
+            cells = range(start, min(start + CHUNK, side * side))
+            hidden = [_hide(result.picture, grid, cell, *divmod(number, side)) for number in cells]
+            logits = await self._classifier.infer_spare(hidden, deadline)
+            lost += [before - _log_probability(row, chosen) for row in logits]
         return Explanation(
             result.picture,
             chosen,
@@ -102,24 +97,32 @@ class Explainer:
 
         Raises:
             DeadlineExceeded: it was not done before `deadline`.
-            Problem: as for classifying the upload.
+            QueueFull, Problem: as for classifying the upload.
         """
         preprocessing = self._classifier.card.preprocessing
         max_pixels = self._settings.max_pixels
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 return await self._classifier.in_decoder(
-                    lambda: _overlay(upload, explanation, preprocessing, max_pixels)
+                    lambda: _overlay(upload, explanation, preprocessing, max_pixels), deadline
                 )
         except TimeoutError:
             raise DeadlineExceeded("The picture was not drawn in time.") from None
 
     @contextmanager
-    def _only_one(self, waiting: int) -> Iterator[None]:
+    def only_one(self, waiting: int) -> Iterator[None]:
+        """Keep other explanations out, picture and all; `waiting` are the images in the queue.
+
+        Raises:
+            QueueFull: another explanation runs, or requests would wait for this one.
+        """
         if self._running:
-            raise QueueFull("Another explanation is under way.", 1, "explaining")
-        if self._latency.wait_s(waiting) > BUSY_S:
-            raise QueueFull("The service is busy classifying.", 1, "explaining")
+            raise QueueFull("Another explanation is under way.", math.ceil(BUDGET_S), "explaining")
+        wait_s = self._latency.wait_s(waiting)
+        if wait_s > BUSY_S:
+            raise QueueFull(
+                "The service is busy classifying.", max(1, math.ceil(wait_s)), "explaining"
+            )
         self._running = True
         try:
             yield

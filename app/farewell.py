@@ -7,7 +7,7 @@ the answer: instead of our 413 a client that was still sending its upload would 
 import asyncio
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 # Long enough for an answer to cross the world and be read.
 LINGER_S = 2.0
@@ -34,8 +34,11 @@ def has_hung_up(transport: asyncio.Transport) -> bool:
 class Farewell(asyncio.Transport):
     """A transport whose `close` ends our side first, and the connection a little later.
 
-    `is_unread` says whether a request is still arriving; without one, closing is just closing.
+    `is_unread` says whether a request is still arriving that may be waited for; without one,
+    closing is just closing.
     """
+
+    lingering: ClassVar[int] = 0  # connections of this process between goodbye and end
 
     def __init__(
         self,
@@ -48,6 +51,7 @@ class Farewell(asyncio.Transport):
         self._loop = loop
         self._is_unread = is_unread
         self._timer: asyncio.TimerHandle | None = None
+        self._is_lingering = False
         self._left = LINGER_BYTES
 
     def close(self) -> None:
@@ -56,6 +60,8 @@ class Farewell(asyncio.Transport):
             return
         if self._is_unread() and self._transport.can_write_eof():
             self._timer = self._loop.call_later(LINGER_S, self._transport.abort)
+            self._is_lingering = True
+            Farewell.lingering += 1
             self._transport.write_eof()
             self._transport.resume_reading()
         else:
@@ -72,6 +78,9 @@ class Farewell(asyncio.Transport):
         """Stop the clock: the connection is gone."""
         if self._timer is not None:
             self._timer.cancel()
+        if self._is_lingering:
+            self._is_lingering = False
+            Farewell.lingering -= 1
 
     def is_closing(self) -> bool:
         """Return whether goodbye has been said."""

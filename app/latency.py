@@ -112,7 +112,7 @@ class LatencyTable:
 
     def _alone_s(self, images: int) -> float:
         """Return the seconds that `images` take to decode on an idle service."""
-        return self._decode_s + self.decoding_s(images)
+        return self._decode_s + self.decoding_s(images - 1)
 
 
 def _follow(known: float, seconds: float) -> float:

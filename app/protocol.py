@@ -53,7 +53,8 @@ WATCH_S = 0.1
 MAX_PROBES = 16
 PROBE_TIMEOUT_S = 1.0
 FULL = (503, "Too many connections", "This replica has no connection to spare.")
-# Beyond those, so many connections may read their refusal in peace; those of a flood are closed.
+# Beyond those, so many connections may read their last answer in peace; while half of the places
+# are free, more may.
 MAX_FAREWELLS = 64
 # When the listener has closed, time for the first request of a connection opened just before.
 LAST_CALL_S = 0.5
@@ -93,15 +94,16 @@ class BoundedProtocol(HttpToolsProtocol):
         self._farewell = Farewell(
             transport,
             self.loop,
-            lambda: self._begun or bool(self._backlog) or self.flow.read_paused,
+            lambda: self._is_unread() and self._may_linger(),
         )
         transport.set_write_buffer_limits(PIECE_BYTES)
         super().connection_made(self._farewell)
-        excess = len(self.connections) - self.settings.max_connections
+        # One that lingers is not seen to go until its time is up: it must not keep others out.
+        taken = len(self.connections) - min(Farewell.lingering, MAX_FAREWELLS)
+        excess = taken - self.settings.max_connections
         self._is_spare = excess > 0
         if excess > MAX_PROBES:
-            # The request will come, or is coming.
-            self._begun = excess <= MAX_PROBES + MAX_FAREWELLS
+            self._begun = True  # the request will come, or is coming
             self._refuse(*FULL)
             return
         self._start_clock(PROBE_TIMEOUT_S if self._is_spare else self.settings.header_timeout_s)
@@ -457,6 +459,13 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refuse(
             431, "Headers too large", f"At most {MAX_HEADERS}, of {MAX_HEADER_BYTES} bytes."
         )
+
+    def _is_unread(self) -> bool:
+        return self._begun or bool(self._backlog) or self.flow.read_paused
+
+    def _may_linger(self) -> bool:
+        is_quiet = 2 * len(self.connections) <= self.settings.max_connections
+        return is_quiet or Farewell.lingering < MAX_FAREWELLS
 
     def _close_if_idle(self) -> None:
         is_begun = self._begun or self._backlog

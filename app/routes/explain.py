@@ -41,12 +41,11 @@ async def explain(request: Request, index: Index = None) -> Response:
     explainer, settings = service.explainer, service.settings
     with service.admission.body() as budget:
         upload, deadline = await read_upload(request, settings, budget)
-        found = await unless_gone(
-            request, explainer.explain(upload, deadline, index, service.admission.images)
-        )
-        if _wants_picture(request.headers.getlist("accept")):
-            picture = await unless_gone(request, explainer.overlay(upload, found, deadline))
-            return InPieces(picture, media_type=PNG)
+        with explainer.only_one(service.admission.images):
+            found = await unless_gone(request, explainer.explain(upload, deadline, index))
+            if _wants_picture(request.headers.getlist("accept")):
+                picture = await unless_gone(request, explainer.overlay(upload, found, deadline))
+                return InPieces(picture, media_type=PNG)
     card = service.classifier.card
     return json_response(
         schemas.Explained(

@@ -1,6 +1,7 @@
 """The threads that wait for decoders: what else they do, and what nobody waits for any more."""
 
 import asyncio
+import math
 import threading
 import time
 import weakref
@@ -39,7 +40,7 @@ def test_work_that_nobody_waits_for(caplog: pytest.LogCaptureFixture) -> None:
         classifier = _classifier()
         turn = threading.Event()
         tasks = [
-            asyncio.create_task(classifier.in_decoder(work))
+            asyncio.create_task(classifier.in_decoder(work, math.inf))
             for work in (turn.wait, lambda: done.append("given up"), lambda: done.append("wanted"))
         ]
         await asyncio.sleep(0)  # they are queued
@@ -61,8 +62,8 @@ def test_work_that_fails() -> None:
     async def run() -> None:
         classifier = _classifier()
         with pytest.raises(ZeroDivisionError):
-            await classifier.in_decoder(lambda: 1 // 0)
-        assert await classifier.in_decoder(lambda: "next") == "next"
+            await classifier.in_decoder(lambda: 1 // 0, math.inf)
+        assert await classifier.in_decoder(lambda: "next", math.inf) == "next"
         await classifier.close()
 
     asyncio.run(run())
@@ -76,7 +77,7 @@ def test_upload_that_nobody_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         classifier = _classifier()
         turn = threading.Event()
-        task = asyncio.create_task(classifier.in_decoder(turn.wait))
+        task = asyncio.create_task(classifier.in_decoder(turn.wait, math.inf))
         await asyncio.sleep(0)  # it is queued
         entry = classifier.submit(b"given up", "")
         entry.release()
@@ -99,7 +100,7 @@ def test_bug_beside_a_decoder(
         classifier = _classifier()
         await classifier.submit(b"no image", "").future
         async with asyncio.timeout(10):
-            assert await classifier.in_decoder(lambda: "next") == "next"
+            assert await classifier.in_decoder(lambda: "next", math.inf) == "next"
         await classifier.close()
 
     asyncio.run(run())
@@ -212,7 +213,7 @@ def test_idle_threads_hold_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         await classifier.classify([make_image()] * 16, time.monotonic() + 10)
         upload = np.zeros(4)
         held.append(weakref.ref(upload))
-        await classifier.in_decoder(partial(len, upload))
+        await classifier.in_decoder(partial(len, upload), math.inf)
         del upload
         await asyncio.to_thread(_wait_until_gone, held)
         await classifier.close()

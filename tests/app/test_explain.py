@@ -4,6 +4,7 @@ import asyncio
 import io
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import numpy as np
@@ -188,6 +189,27 @@ def test_overlay_that_is_not_drawn_in_time(
     answer = client.post("/explain", content=corner(), headers=headers)
     drawn.set()
     assert "not drawn in time" in problem(answer, 504)["detail"]
+
+
+def test_overlay_is_counted_and_alone(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a picture is drawn its image is counted, and another explanation gets 429."""
+    drawing, drawn = threading.Event(), threading.Event()
+
+    def draw(*_: object) -> bytes:
+        drawing.set()
+        return b"picture" if drawn.wait(20) else b""
+
+    monkeypatch.setattr("app.explain._overlay", draw)
+    client = serve(FakeEngine(), decode_threads=2)
+    headers = {"Accept": "image/png"}
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.post, "/explain", content=corner(), headers=headers)
+        assert drawing.wait(20)
+        assert "mixer_queue_depth 1.0" in client.get("/metrics").text
+        problem(explain(client, corner()), 429)
+        drawn.set()
+        assert asked.result().content == b"picture"
+    assert "mixer_queue_depth 0.0" in client.get("/metrics").text
 
 
 def test_embedded_model(live: Server) -> None:

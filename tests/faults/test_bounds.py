@@ -8,6 +8,7 @@ import gc
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import uvloop
@@ -145,6 +146,49 @@ def test_connections_beyond_the_probes(fake: Start) -> None:
             assert b" 200 " in read_answer(probe)
         for client in held:
             client.close()
+
+
+def test_places_come_back_after_a_spike(fake: Start, figure: Figure) -> None:
+    """Eight clients with ten places are served again after a spike, though all dial anew each time.
+
+    Their uploads outlast the refusals of the spike, and a connection that lingers behind its
+    refusal is not seen to go.
+    """
+    request = post(bytes(400_000))
+    answers: list[tuple[float, int]] = []
+
+    def upload() -> int:
+        with dial(server.url) as client:
+            try:
+                for start in range(0, len(request), 16_384):
+                    client.sendall(request[start : start + 16_384])
+                    time.sleep(0.001)
+            except OSError:  # refused
+                pass
+            try:
+                return int(client.recv(100)[9:12] or 0)
+            except OSError:
+                return 0
+
+    def come_again(until: float, pause_s: float) -> None:
+        while time.monotonic() < until:
+            answers.append((time.monotonic(), upload()))
+            time.sleep(pause_s)
+
+    with fake(max_connections=10) as server, ThreadPoolExecutor(68) as pool:
+        begin = time.monotonic()
+        for _ in range(8):
+            pool.submit(come_again, begin + 8, 0.1)
+        for _ in range(60):
+            pool.submit(come_again, begin + 2.5, 0)
+        time.sleep(7)
+        probe = one(server.url, get("/readyz")).status
+    spike = [status for at, status in answers if at < begin + 2.5]
+    after = [status for at, status in answers if at > begin + 5]
+    figure(f"{spike.count(503)} of {len(spike)} refused in the spike, then {after.count(503)}")
+    assert 503 in spike
+    assert set(after) == {415}
+    assert probe == 200
 
 
 def test_memory_at_the_limit_of_bodies(fake: Start, figure: Figure) -> None:
