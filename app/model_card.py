@@ -72,7 +72,7 @@ class ModelCard(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, pattern="^[^/]+$")  # a part of paths
     version: str = Field(min_length=1, description="first 12 hex digits of checksum")
     family: str = Field(default="mixer", description="mixer, gmixer, resmlp or gmlp")
     variant: str = Field(description="S/32 … H/14, or the dimensions of a model of one's own")

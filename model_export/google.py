@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model_export.errors import ExportError
 from model_export.mixer import Mixer, MixerConfig
-from model_export.tensors import Tensors
+from model_export.stored import Tensors
 from model_export.weights import Naming, Shape, pour
 
 # A training checkpoint of big_vision keeps the model under params/, one of vit_jax under

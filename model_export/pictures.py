@@ -62,12 +62,14 @@ def calibration(folder: Path, preprocessing: Preprocessing) -> NDArray[np.uint8]
         Patches uint8 [pictures, tokens, P·P·3].
 
     Raises:
-        ExportError: there is none that can be decoded.
+        ExportError: there is no such folder, or none in it that can be decoded.
     """
+    if not folder.is_dir():
+        raise ExportError(f"--calibration {folder}: no such folder")
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
-    step = max(1, len(files) // _CALIBRATION_PICTURES)
+    count = min(len(files), _CALIBRATION_PICTURES)
     decoded = []
-    for file in files[::step][:_CALIBRATION_PICTURES]:
+    for file in (files[number * len(files) // count] for number in range(count)):
         try:
             decoded.append(decode(file.read_bytes(), preprocessing, MAX_PIXELS).patches)
         except Problem:  # one odd file in a folder of photos is no reason to stop

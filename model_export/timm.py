@@ -18,7 +18,7 @@ from model_export import labels
 from model_export.errors import ExportError
 from model_export.mixer import Mixer, MixerConfig
 from model_export.relatives import GMixer, GMlp, ResMlp
-from model_export.tensors import Tensors
+from model_export.stored import Tensors
 from model_export.weights import Naming, Shape, pour
 
 FAMILIES: dict[type[Mixer], str] = {

@@ -103,6 +103,7 @@ def _loop(
     shown = 0.0
 
     def save() -> None:
+        trainer.check_weights()
         folder.write_model(trainer.average, trainer.preprocessing, about.classes)
         folder.write_metrics(trainer.history)
         folder.save_state({**facts, "trainer": trainer.state()})  # last: what it needs is there

@@ -120,10 +120,7 @@ class Trainer:
         loss, accuracy = running.means()
         measured = self.measure()
         if not math.isfinite(loss + measured.loss):
-            raise ExportError(
-                f"epoch {self.epoch} ends with a loss of {loss:g}: the run has diverged, and keeps "
-                f"what it had before; start another with less than --lr {self.recipe.lr:g}"
-            )
+            raise self._diverged(f"epoch {self.epoch} ends with a loss of {loss:g}")
         self.history.append(
             {
                 "epoch": self.epoch,
@@ -137,6 +134,21 @@ class Trainer:
             }
         )
         self.running = self._nothing()
+
+    def check_weights(self) -> None:
+        """Stop before weights are saved that are no numbers any more.
+
+        Raises:
+            ExportError: one is not.
+        """
+        if not all(weight.isfinite().all() for weight in self.average.parameters()):
+            raise self._diverged(f"after step {self.step} the weights are no numbers")
+
+    def _diverged(self, how: str) -> ExportError:
+        return ExportError(
+            f"{how}: the run has diverged, and keeps what it had before; "
+            f"start another with less than --lr {self.recipe.lr:g}"
+        )
 
     def learning_rate(self) -> float:
         """Return this step's: a linear warm-up, then a cosine or a line down to the lowest."""

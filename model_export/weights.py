@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model_export.errors import ExportError
 from model_export.mixer import Mixer, MixerConfig
-from model_export.tensors import Tensors
+from model_export.stored import Tensors
 
 Shape = tuple[int, ...]
 # Twice the largest Mixer ever published (448 px), and a sample picture is still only 3 MB.
@@ -41,7 +41,8 @@ class Naming:
         if name not in tensors:
             first = next(((n, tuple(t.shape)) for n, t in tensors.items()), "nothing")
             raise ExportError(
-                f"not a Mixer: tensor {name} is missing, expected {axes}; it holds {first}"
+                f"not a Mixer: tensor {name} is missing, expected {axes}; it holds {first}. "
+                "A Mixer whose tensors have other names must take timm's or Google's first"
             )
         shape = tuple(tensors[name].shape)
         if len(shape) != axes.count(",") + 1 or 0 in shape:

@@ -165,6 +165,15 @@ def test_foreign_onnx_is_refused(
         assert said in capsys.readouterr().err
 
 
+def test_name_with_a_slash(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name that could not stand in the API's paths is refused before any work."""
+    command = ["adapt", "any.onnx", str(images), "-o", str(tmp_path / "m.onnx")]
+    assert main([*command, "--name", "team/colors"]) == 1
+    assert "--name team/colors: expected no /" in capsys.readouterr().err
+
+
 def test_leave_one_out_is_exact() -> None:
     """Each closed-form prediction is that of a ridge regression without the picture."""
     rng = np.random.default_rng(0)

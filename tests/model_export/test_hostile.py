@@ -156,6 +156,36 @@ def test_other_kind_of_file_is_refused(tmp_path: Path) -> None:
         tensors.read(tmp_path / "model.h5")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("page.pth", b"<!doctype html><title>Not found</title>", "as a torch checkpoint"),
+        (
+            "w.safetensors",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "is git-lfs's pointer, not the file: git lfs pull",
+        ),
+    ],
+)
+def test_what_a_download_leaves_instead(
+    name: str, content: bytes, said: str, tmp_path: Path
+) -> None:
+    """A web page and git-lfs's pointer under a checkpoint's name are told as what they are."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ExportError, match=said) as raised:
+        tensors.read(tmp_path / name)
+    assert "more than tensors" not in str(raised.value)
+
+
+def test_torchscript(tmp_path: Path) -> None:
+    """A compiled model is told as one, with what to save instead."""
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
+        for name in ("script/data.pkl", "script/code/__torch__.py", "script/constants.pkl"):
+            archive.writestr(name, "content")
+    with pytest.raises(ExportError, match=r"is TorchScript; save the model's state_dict\(\)"):
+        tensors.read(tmp_path / "script.pt")
+
+
 @pytest.mark.parametrize("is_zip", [True, False])
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_memory_of_any_size_is_not_asked_for(is_zip: bool, protocol: int, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from app.engine import OnnxEngine
-from app.model_card import read_metadata
-from model_export import quantize, verify
+from app.model_card import Preprocessing, read_metadata
+from model_export import pictures, quantize, verify
 from model_export.cli import main
 from model_export.samples import photo_like
 
@@ -179,6 +179,18 @@ def test_calibration_needs_pictures(
     flags = ["--precision", "int8", "--calibration", str(tmp_path / "empty")]
     assert main([*command, *flags]) == 1
     assert "holds no picture that can be decoded" in capsys.readouterr().err
+
+
+def test_calibration_is_spread_over_all_folders(tmp_path: Path) -> None:
+    """Of more pictures than calibration takes, those of the last folder count as the first's do."""
+    for name, shade in (("a", 10), ("b", 240)):
+        (tmp_path / name).mkdir()
+        for number in range(200):
+            Image.new("L", (8, 8), shade).save(tmp_path / name / f"{number:03}.png")
+    fed = Preprocessing(image_size=8, patch_size=4)
+    shades = pictures.calibration(tmp_path, fed).mean(axis=(1, 2))
+    assert len(shades) == 256
+    assert (shades < 100).sum() == 128
 
 
 def test_calibration_of_fp32_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

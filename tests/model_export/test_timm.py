@@ -412,6 +412,24 @@ def test_choice_of_weights_is_said(
     assert "left aside 1 tensors of training state" in report
 
 
+def test_state_of_any_name(tmp_path: Path) -> None:
+    """The one state in a file is taken, whatever it is called; of two unknown ones none is."""
+    plain = tensors.read(FIXTURES / "timm_mixer_tiny" / "pytorch_model.bin")
+    torch.save({"net": plain, "acc": 0.8, "optimizer": {"state": {}}}, tmp_path / "net.pth")
+    assert tensors.read(tmp_path / "net.pth").keys() == plain.keys()
+    torch.save({"net": plain, "other": plain}, tmp_path / "two.pth")
+    with pytest.raises(ExportError, match=r"net is no tensor: .*; save the model's state_dict\(\)"):
+        tensors.read(tmp_path / "two.pth")
+
+
+def test_modules_that_share_tensors(tmp_path: Path) -> None:
+    """A state whose blocks are there under a second name holds each tensor twice, and is read."""
+    plain = tensors.read(FIXTURES / "timm_mixer_tiny" / "pytorch_model.bin")
+    blocks = {f"features.{name}": tensor for name, tensor in plain.items() if "blocks" in name}
+    torch.save({**_below("model", plain), **blocks}, tmp_path / "lightning.ckpt")
+    assert tensors.read(tmp_path / "lightning.ckpt").keys() == plain.keys()
+
+
 def test_several_models_in_a_file(tmp_path: Path) -> None:
     """Of teacher and student nobody knows which one is to be served."""
     plain = tensors.read(FIXTURES / "timm_mixer_tiny" / "pytorch_model.bin")

@@ -1,6 +1,7 @@
 """`mixer-train`: what a run learns, leaves behind, survives and refuses."""
 
 import csv
+import math
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from model_export import cli, decoded, trainer
 from model_export.evaluate import evaluate
@@ -165,6 +167,30 @@ def test_diverged_run_keeps_what_it_had(
     output = tmp_path / "run"
     assert "diverged" in refusal(images, "-o", output, *QUICK, "--lr", "1e38")
     assert metrics(output) == []
+
+
+def test_interrupt_of_a_diverged_epoch(
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ctrl+C after weights have become no numbers saves none of them over the last epoch's."""
+    take_step = trainer.Trainer.take_step
+
+    def interrupted(self: trainer.Trainer) -> None:
+        take_step(self)
+        if self.step == 4:  # in the middle of the second epoch of 3 steps
+            with torch.no_grad():
+                next(self.average.parameters()).fill_(math.nan)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(trainer.Trainer, "take_step", interrupted)
+    assert main([str(images), "-o", str(tmp_path / "run"), *LONG]) == 1
+    assert "after step 4 the weights are no numbers: the run has" in capsys.readouterr().err
+    kept = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(weight.isfinite().all() for weight in kept.values())
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["trainer"]["step"] == 3
 
 
 def test_interrupt_while_decoding(
