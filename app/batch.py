@@ -40,8 +40,12 @@ class Batch:
         Raises:
             Exception: whatever the engine raised.
         """
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # whose traceback knows this frame: pictures would stay for the collector
         return np.concatenate(self._logits)
 
     def _infer(self, number: int, engine: Engine) -> NDArray[np.float32]:

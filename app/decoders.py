@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 from contextlib import closing, suppress
 from queue import SimpleQueue
@@ -31,6 +32,8 @@ from app.nursery import nursery
 
 logger = logging.getLogger(__name__)
 
+# Who finds no process so soon after another counts with it: all may ask in one bad moment.
+BLIP_S = 1.0
 # What `decode` may raise; a decoder names them.
 _PROBLEMS: dict[str, type[Problem]] = {
     kind.__name__: kind for kind in (CorruptImage, EmptyBody, TooManyPixels, UnsupportedFormat)
@@ -60,7 +63,8 @@ class Decoders:
 
     def __init__(self, count: int, task: Task) -> None:
         """Start them; the first in a process takes half a second, all others milliseconds."""
-        self.failures = 0  # uploads and probes in a row for which there was no process
+        self.failures = 0  # in a row: uploads and probes for which there was no process
+        self._failed, self._books = -BLIP_S, threading.Lock()  # when, by time.monotonic()
         self._free: SimpleQueue[Decoder] = SimpleQueue()
         self._all: list[Decoder] = []
         try:
@@ -88,13 +92,13 @@ class Decoders:
                 logger.error("%s", error.detail)  # noqa: TRY400 - the place in our code says nothing
                 continue
             except Problem:
-                self.failures = 0  # the image's matter: there was a process
+                self._recover()  # the image's matter: there was a process
                 raise
             finally:
                 self._free.put(decoder)
-            self.failures = 0
+            self._recover()
             return picture
-        self.failures += 1
+        self._fail()
         raise DecoderLost("There is no process that could decode the image.")
 
     def probe(self) -> None:
@@ -104,11 +108,21 @@ class Decoders:
             decoder.decode(_SAMPLE)
         except (Problem, RuntimeError):
             logger.exception("there is still no process that decodes")
-            self.failures += 1
+            self._fail()
         else:
-            self.failures = 0
+            self._recover()
         finally:
             self._free.put(decoder)
+
+    def _recover(self) -> None:
+        self.failures, self._failed = 0, -BLIP_S
+
+    def _fail(self) -> None:
+        with self._books:
+            now = time.monotonic()
+            if now - self._failed >= BLIP_S:
+                self._failed = now
+                self.failures += 1
 
     def close(self) -> None:
         """End the processes; nobody may be waiting for one."""
@@ -208,9 +222,14 @@ class Decoder:
             NoDecoder: none can be had.
         """
         self.close()
+        asked = time.monotonic()
         try:
             self._link = nursery().new_link()
-            hello = receive(self._link)
+            hello = None
+            try:
+                hello = receive(self._link)
+            except BlockingIOError:
+                nursery().end_hung(asked)  # the next one to ask finds another
             if hello is None:
                 self.close()
                 raise NoDecoder("A process that decodes has ended as it began.")

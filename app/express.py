@@ -56,7 +56,6 @@ class Express:
     ) -> None:
         self.keep_alive = keep_alive
         self.disconnected = False
-        self.more_body = True
         self.response_complete = False
         self._service = service
         self._fields = fields
@@ -84,7 +83,6 @@ class Express:
 
     def complete(self) -> None:
         """Send the image on its way: the body is whole."""
-        self.more_body = False
         if not self.response_complete:
             self._guard(self._complete)
 
@@ -186,11 +184,13 @@ class Express:
             self._service.admission.leave()
         if status == CLIENT_GONE:
             self._trace.problem = "client-gone"
-        report(self._service.metrics, self._trace, "POST", PATH, status)
-        if self._service.spans is not None:
-            self._service.spans.export(self._trace, "POST", PATH, status)
         on_response, self._on_response = self._on_response, _nothing  # which knows us: a cycle
-        on_response()
+        try:
+            report(self._service.metrics, self._trace, "POST", PATH, status)
+            if self._service.spans is not None:
+                self._service.spans.export(self._trace, "POST", PATH, status)
+        finally:
+            on_response()
 
     def _guard(self, step: Callable[[*Values], None], *values: *Values) -> None:
         """Take one step; what goes wrong is the answer."""

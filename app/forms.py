@@ -4,12 +4,14 @@ Starlette would spool a form to disk before any of our code runs, and its limits
 out; so it is parsed here, in memory.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from app.errors import EmptyBody, MalformedForm
+from app.errors import EmptyBody, MalformedForm, Problem, TooManyImages
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
@@ -25,7 +27,6 @@ _FRAMING_BYTES_PER_IMAGE = 2 * 1024
 _FRAMING_BYTES_PER_FIELD = 256
 # What is fed at once, until that is looked at.
 SLICE_BYTES = 16 * 1024
-_TOO_MANY_PARTS = "The form has more parts than images can be taken."
 # A header's parameters cost ten times their bytes. Those of a form are two, and a file name may
 # have semicolons of its own.
 _MAX_PARAMETERS = 32
@@ -106,7 +107,13 @@ class Form:
             raise MalformedForm("The multipart Content-Type names no boundary.")
         # The parser knows the fields, and they know nobody: in a circle all of them would stay,
         # the body with them, until the garbage collector comes.
-        self._fields = _Fields(max_images + SPARE_PARTS)
+        too_many = f"The form has over {max_images + SPARE_PARTS} parts; "
+        self._too_many: Callable[[], Problem] = (
+            partial(MalformedForm, too_many + "send one image.")
+            if max_images == 1
+            else partial(TooManyImages, too_many + f"at most {max_images} images are taken.")
+        )
+        self._fields = _Fields(max_images + SPARE_PARTS, self._too_many)
         self._started = False
         self._boundary = b"\r\n--" + boundary
         self._boundaries_left = max_images + SPARE_PARTS + 1  # a line break may come before all
@@ -119,13 +126,14 @@ class Form:
         """Parse the next bytes of the body.
 
         Raises:
-            MalformedForm: not a multipart form, or one of too many parts or too little content.
+            MalformedForm: not a multipart form, or one of too little content.
+            MalformedForm, TooManyImages: of too many parts, where one image or many are taken.
         """
         self._started = self._started or bool(chunk)
         # The parser takes as long over what only begins like a boundary.
         self._boundaries_left -= chunk.count(self._boundary)
         if self._boundaries_left < 0:
-            raise MalformedForm(_TOO_MANY_PARTS)
+            raise self._too_many()
         for start in range(0, len(chunk), SLICE_BYTES):
             piece = chunk[start : start + SLICE_BYTES]
             try:
@@ -169,10 +177,10 @@ class Form:
 class _Fields:
     """What a parser has found so far."""
 
-    def __init__(self, most_parts: int) -> None:
+    def __init__(self, most_parts: int, too_many: Callable[[], Problem]) -> None:
         self.found: dict[bytes, list[bytes]] = {}
         self.are_whole = False
-        self._parts_left = most_parts
+        self._parts_left, self._too_many = most_parts, too_many
         self._framing_left = _FRAMING_BYTES
         self._header = (bytearray(), bytearray())  # name, value
         self._disposition = b""
@@ -204,7 +212,7 @@ class _Fields:
         self._disposition, self._content = b"", Pieces()
         self._parts_left -= 1
         if self._parts_left < 0:
-            raise MalformedForm(_TOO_MANY_PARTS)
+            raise self._too_many()
         is_image = self._parts_left >= SPARE_PARTS  # or may be
         self._framing_left += _FRAMING_BYTES_PER_IMAGE if is_image else _FRAMING_BYTES_PER_FIELD
 

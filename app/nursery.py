@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from functools import cache
 
 # An upload of the usual size then goes with one call, without waiting for the decoder to read.
@@ -62,7 +63,15 @@ class Nursery:
                 socket.send_fds(self._control, [b"1"], [theirs.fileno()])
         return ours
 
+    def end_hung(self, asked: float) -> None:
+        """End a process that has not answered since `asked`, seconds of `time.monotonic()`."""
+        with self._lock:
+            if self._started < asked:  # else somebody has done so already
+                self._process.kill()
+                self._process.wait()
+
     def _start(self) -> None:
+        self._started = time.monotonic()
         self._control, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603 - our own module, by our own interpreter

@@ -1,9 +1,12 @@
 """Batches: shares side by side, and the next batch before the last one is done."""
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -186,6 +189,21 @@ def test_one_share_that_fails(entries: list[Entry]) -> None:
     assert batch.infer(1, FakeEngine())
     with pytest.raises(RuntimeError, match="0 logits for 4 images"):
         batch.logits()
+
+
+def test_failed_batch_goes_at_once(entries: list[Entry]) -> None:
+    """A batch that failed is gone with its last user, pictures and all, without the collector."""
+    batch = Batch(entries, [Share(7)])
+    batch.infer(0, FakeEngine(fault=lambda logits: logits[:0]))
+    gc.disable()
+    try:
+        with suppress(RuntimeError):
+            batch.logits()
+        left = weakref.ref(batch)
+        del batch
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("logits", [np.zeros((2, 3), np.float32), None])

@@ -13,8 +13,8 @@ import onnx
 import onnxruntime
 import pytest
 
-from app import cuda
-from app.cuda import KEPT_APART, TENSORRT, nodes_elsewhere, pinned
+from app import cuda, memory
+from app.cuda import KEPT_APART, TENSORRT, nodes_elsewhere
 from app.engine import CPU
 from app.errors import StartupError
 from app.settings import EMBEDDED_MODEL
@@ -54,14 +54,14 @@ class Runtime:
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     """Return what stands for CUDA's runtime."""
     stand_in = Runtime()
-    monkeypatch.setattr(cuda, "_cuda_major", lambda: "13")
+    monkeypatch.setattr(memory, "_cuda_major", lambda: "13")
     monkeypatch.setattr(ctypes, "CDLL", {"libcudart.so.13": stand_in}.__getitem__)
     return stand_in
 
 
 def test_pinned_as_long_as_it_lives(runtime: Runtime) -> None:
     """A staging buffer has pages of its own, pinned until the last view of them is gone."""
-    buffer = pinned((3, 5, 7))
+    buffer = memory.gpu_memory().stage((3, 5, 7))
     assert buffer.shape == (3, 5, 7)
     assert buffer.dtype == np.uint8
     assert runtime.pinned == {buffer.ctypes.data: 105}
@@ -78,7 +78,7 @@ def test_refused_pinning_is_one_line(runtime: Runtime) -> None:
     """What CUDA refuses stops start-up with its number, and no later call is told of it."""
     runtime.pinned = {0: 1 << 63}
     with pytest.raises(StartupError, match=r"^CUDA cannot pin 6 bytes of memory \(error 712\)$"):
-        pinned((1, 2, 3))
+        memory.gpu_memory().stage((1, 2, 3))
     assert not runtime.has_error
 
 
@@ -87,15 +87,16 @@ def test_nothing_is_unpinned_at_the_end() -> None:
     script = """
 import ctypes
 from types import SimpleNamespace
-from app import cuda
+from app import memory
 
-cuda._cuda_major = lambda: "13"
+memory._cuda_major = lambda: "13"
 runtime = SimpleNamespace(
     cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda _: print("unpinned")
 )
 ctypes.CDLL = {"libcudart.so.13": runtime}.__getitem__
-buffer = cuda.pinned((1, 2, 3))
-cuda.pinned((1, 2, 3))  # nobody keeps it
+stage = memory.gpu_memory().stage
+buffer = stage((1, 2, 3))
+stage((1, 2, 3))  # nobody keeps it
 print("the end")
 """
     done = subprocess.run(
@@ -132,11 +133,21 @@ def test_tensorrt_rounds_nothing(
             "CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version",
         ),
         ("the graph has no place there\nstack trace", "the graph has no place there"),
+        (
+            "Non-zero status code returned while running Cast node. Status Message: CUDA error "
+            "cudaErrorNoKernelImageForDevice:no kernel image is available for execution",
+            "this onnxruntime has no code for a GPU of this architecture",
+        ),
+        (
+            "bfc_arena.cc:360 void* AllocateRawInternal(size_t) Failed to allocate memory for "
+            "requested buffer of size 512",
+            "Failed to allocate memory for requested buffer of size 512",
+        ),
     ],
 )
 def test_reason_in_plain_words(said: str, kept: str) -> None:
     """Of an error of ONNX Runtime's its first line is told, and of one of CUDA's what CUDA said."""
-    assert cuda._reason(RuntimeError(said)) == kept
+    assert cuda.reason(RuntimeError(said)) == kept
 
 
 def test_nodes_of_another_provider_are_named() -> None:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from app import decoder
 from app.decoder import Task, receive, send
-from app.decoders import Decoder, Decoders, check_decoders
+from app.decoders import Decoder, Decoders, NoDecoder, check_decoders
 from app.errors import (
     CorruptImage,
     DecoderLost,
@@ -342,10 +342,40 @@ def test_failures_in_a_row(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) 
         assert decoders.failures == 0
 
 
+def test_one_moment_without_processes(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uploads that find no process in the same moment are one failure, however many they are."""
+    with monkeypatch.context() as patch:
+        patch.setattr("app.decoders.nursery", Mock(side_effect=BlockingIOError))
+        for one in decoders._all:
+            one.close()
+        for _ in range(8):
+            with pytest.raises(DecoderLost):
+                decoders.decode(make_image())
+        assert decoders.failures == 1
+    decoders.decode(make_image())
+    assert decoders.failures == 0
+
+
+def test_nursery_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A nursery that stands still fails one request for a decoder, and is replaced."""
+    monkeypatch.setattr("app.nursery._PATIENCE", struct.pack("ll", 0, 300_000))
+    Decoder(TASK).close()
+    stuck = nursery()._process.pid
+    os.kill(stuck, signal.SIGSTOP)
+    with pytest.raises(NoDecoder):
+        Decoder(TASK)
+    monkeypatch.undo()  # one that starts takes half a second
+    one = Decoder(TASK)
+    assert nursery()._process.pid != stuck
+    assert one.decode(make_image()).format == "PNG"
+    one.close()
+
+
 def test_decoders_that_end_as_they_begin(
     decoders: Decoders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What starts and ends before it has read anything counts as no process, to probes, too."""
+    monkeypatch.setattr("app.decoders.BLIP_S", 0)
     for one in decoders._all:
         one.close()
     with monkeypatch.context() as patch:

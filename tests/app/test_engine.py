@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 
 from app.buckets import bucket_sizes
-from app.cuda import CUDA, GpuOptions, cuda_options, reason, tensorrt_options
+from app.cuda import CUDA, GpuOptions, cuda_options, tensorrt_options
 from app.engine import CPU, Device, OnnxEngine
 from app.errors import StartupError
 from app.memory import CPU_MEMORY, gpu_memory
@@ -270,20 +270,3 @@ def test_copy_that_cuda_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.memory._cuda_major", lambda: "13")
     with pytest.raises(RuntimeError, match=r"cannot copy 48 bytes \(error 700\)"):
         gpu_memory().copy(1, 2, 48)
-
-
-@pytest.mark.parametrize(
-    ("said", "told"),
-    [
-        ("CUDA failure 35: too old; GPU=0 ; hostname=h", "CUDA failure 35: too old"),
-        (
-            "Non-zero status code returned while running Cast node. Status Message: CUDA error "
-            "cudaErrorNoKernelImageForDevice:no kernel image is available for execution",
-            "this onnxruntime has no code for a GPU of this architecture",
-        ),
-        ("anything else\nstack", "anything else"),
-    ],
-)
-def test_reasons(said: str, told: str) -> None:
-    """What an operator is told of ONNX Runtime's errors is in plain words, in one line."""
-    assert reason(RuntimeError(said)) == told

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from app import documents
 from app.admission import Admission
-from app.errors import MalformedForm, QueueFull
+from app.errors import MalformedForm, QueueFull, TooManyImages
 from app.forms import SLICE_BYTES, Form
 from app.latency import LatencyTable
 from app.settings import Settings
@@ -36,8 +36,22 @@ def test_fields_beside_the_image(lead: bytes) -> None:
     image = part(b'name="file"', b"image")
     field = part(b'name="note"')
     assert fed(lead + field * 64 + image).image() == b"image"
-    with pytest.raises(MalformedForm, match="more parts"):
+    with pytest.raises(MalformedForm, match="over 65 parts; send one image"):
         fed(lead + field * 66 + image)
+
+
+@pytest.mark.parametrize("size", [50, 10_000])  # parts over several reads, or all in one
+def test_more_images_than_are_ever_taken(size: int) -> None:
+    """A form with far more images than the queue holds is too large, not malformed."""
+    form = Form(TYPE, 10)
+    body = part(b'name="files"') * 80
+
+    def feed() -> None:
+        for start in range(0, len(body), size):
+            form.feed(body[start : start + size])
+
+    with pytest.raises(TooManyImages, match="over 74 parts; at most 10 images"):
+        feed()
 
 
 def test_longest_names() -> None:
