@@ -2,10 +2,10 @@
 
 import logging
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ from app.cuda import GpuMissing, GpuOptions, is_over_limit, open_session, reason
 from app.errors import StartupError
 from app.memory import CPU_MEMORY, gpu_memory
 from app.model_card import CardError, ModelCard, read_metadata
+from app.runtime import CPU, cpu_session, options, runtime
 from app.shares import Share, Shares
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CPU = "CPUExecutionProvider"
 Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 PLAIN_GPU = GpuOptions()
 # Multiplications for one image (parameters × tokens, about) that are not worth a second thread: the
@@ -77,15 +77,15 @@ class OnnxEngine:
         gpu: GpuOptions = PLAIN_GPU,
         bucketed: bool = False,
     ) -> None:
-        if what := _instead_of_file(path):
-            raise StartupError(f"MIXER_MODEL={path}: {what}; give a file from mixer-export")
+        if what := _what_is_wrong(path):
+            raise StartupError(f"MIXER_MODEL={path}: {what}")
         try:
             str(path).encode()
         except UnicodeEncodeError:
             raise StartupError(
                 f"MIXER_MODEL={path}: onnxruntime takes no path that is not UTF-8; rename it"
             ) from None
-        _runtime()  # without it there is no provider to ask for
+        runtime()  # without it there is no provider to ask for
         remark = ""
         if device != "cpu":
             try:
@@ -128,7 +128,7 @@ class OnnxEngine:
             StartupError: it does not run there, or not as it should.
         """
         gpu = replace(gpu, tensorrt=tensorrt)
-        session, self.provider = open_session(path, _options(threads), gpu, max_batch)
+        session, self.provider = open_session(path, options(threads), gpu, max_batch)
         self._read_card(path, session)
         try:
             self._batches: Buckets | Shares = Buckets(session, max_batch, gpu_memory())
@@ -137,13 +137,13 @@ class OnnxEngine:
         self._check_golden(path, max_batch)
 
     def _open_on_cpu(self, path: Path, threads: int, max_batch: int, *, bucketed: bool) -> None:
-        session, self.provider = _cpu_session(path, threads), CPU
+        session, self.provider = cpu_session(path, threads), CPU
         self._read_card(path, session)
         if bucketed:
             self._batches = Buckets(session, max_batch, CPU_MEMORY)
         else:
             tokens = self.card.preprocessing.tokens
-            narrow = _cpu_session(path, 1) if threads > 1 else session
+            narrow = cpu_session(path, 1) if threads > 1 else session
             if self.card.parameters * tokens < _SMALL:
                 session = narrow
             self._batches = Shares(narrow, session, threads, tokens)
@@ -202,51 +202,15 @@ def too_large(images: int, provider: str, error: Exception) -> StartupError:
     )
 
 
-def _instead_of_file(path: Path) -> str:
-    """Return what there is if it is no file, else nothing."""
+def _what_is_wrong(path: Path) -> str:
+    """Return why the file cannot be read, and the fix; or nothing."""
     try:
-        if path.is_file():
+        if stat.S_ISREG(path.stat().st_mode):
+            path.open("rb").close()
             return ""
-        return "a folder" if path.is_dir() else "no such file"
+        what = "a folder" if path.is_dir() else "no such file"
+    except PermissionError:
+        return f"user {os.geteuid()} may not read it; chmod a+r the file, and a+x its folders"
     except (OSError, ValueError):  # too long a name, or one that cannot be
-        return "no such file"
-
-
-def _cpu_session(path: Path, threads: int) -> "onnxruntime.InferenceSession":
-    try:
-        return _runtime().InferenceSession(path, _options(threads), providers=[CPU])
-    except Exception as error:  # onnxruntime raises a class of its own for each status
-        raise StartupError(
-            f"MIXER_MODEL={path}: not a model that onnxruntime can load ({_first_line(error)}); "
-            "write it with mixer-export convert"
-        ) from error
-
-
-def _options(threads: int) -> "onnxruntime.SessionOptions":
-    options = _runtime().SessionOptions()
-    options.log_severity_level = 4  # its errors reach the operator as one line of ours instead
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1  # a Mixer is a chain: nothing runs side by side
-    # Threads that spin for work would take the cores from decoding.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return options
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def _runtime() -> ModuleType:
-    """Import ONNX Runtime; only here, so that `--help` and the tests' fakes do without."""
-    # Its Linux builds report their use over the network unless told not to.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise StartupError(
-            "onnxruntime is not installed: pip install '.[cpu]' or '.[gpu]'"
-        ) from error
-    except ImportError as error:  # no memory left for it, or a library of the system is missing
-        raise StartupError(f"onnxruntime cannot be loaded: {_first_line(error)}") from error
-    module: ModuleType = onnxruntime
-    return module
+        what = "no such file"
+    return f"{what}; give a file from mixer-export"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from app.cost import Upload, check_cost, check_pixels, check_scans, check_webp_canvas
 from app.errors import CorruptImage, EmptyBody, Problem, TooManyPixels, UnsupportedFormat
@@ -31,6 +31,9 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# What a PNG's profile or text may unpack to. Pillow's own limit of 1 MiB refuses sound pictures
+# whose profile is a large table, as monitors' and printers' are.
+PngImagePlugin.MAX_TEXT_CHUNK = 8 * 2**20
 # Taller than this many widths, a whole resize would make more rows than it is worth.
 _MAX_WIDTHS = 8
 

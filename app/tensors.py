@@ -58,10 +58,22 @@ class InferRequest(BaseModel):
         """The outputs asked for; without a wish, the best labels.
 
         What an output does not say of its form, the request's `binary_data_output` does.
+
+        Raises:
+            InvalidParameter: one of the two is neither true nor false.
         """
-        form = {"binary_data": bool(self.parameters.get("binary_data_output"))}
+        is_binary = _flag(self.parameters, "binary_data_output", usual=False)
         wanted = self.outputs or [OutputRequest(name=n) for n in ("label", "index", "score")]
-        return [OutputRequest(name=one.name, parameters=form | one.parameters) for one in wanted]
+        return [
+            OutputRequest(
+                name=one.name,
+                parameters={
+                    **one.parameters,
+                    "binary_data": _flag(one.parameters, "binary_data", usual=is_binary),
+                },
+            )
+            for one in wanted
+        ]
 
 
 def read_request(
@@ -125,7 +137,7 @@ def write_response(
             "datatype": datatype,
             "shape": list(values.shape),
         }
-        if output.parameters.get("binary_data"):
+        if output.parameters["binary_data"]:
             raw = _joined(values) if datatype == "BYTES" else values.tobytes()
             tensor["parameters"] = {"binary_data_size": len(raw)}
             tail.append(raw)
@@ -183,6 +195,18 @@ def positive(value: Any, name: str) -> int:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InvalidParameter(f"{name} must be a positive whole number.")
+    return value
+
+
+def _flag(parameters: dict[str, Any], name: str, *, usual: bool) -> bool:
+    """Return a parameter that is true or false, `usual` where it is not there.
+
+    Raises:
+        InvalidParameter: it is something else.
+    """
+    value = parameters.get(name, usual)
+    if not isinstance(value, bool):
+        raise InvalidParameter(f"{name} must be true or false.")
     return value
 
 

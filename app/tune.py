@@ -19,8 +19,9 @@ from app.buckets import bucket_sizes
 from app.cpus import available_cpus
 from app.cuda import GpuOptions
 from app.curve import Point, draw, table
-from app.engine import CPU, Device, Engine, OnnxEngine, too_large
+from app.engine import Device, Engine, OnnxEngine, too_large
 from app.errors import StartupError
+from app.runtime import CPU
 from app.settings import Settings
 
 # Each point: at least so many runs and so long, for a median that a hiccup does not move.

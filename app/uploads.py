@@ -39,10 +39,11 @@ def deadline_after(asked: str | None, settings: Settings) -> float:
     """
     timeout_ms = settings.request_timeout_ms
     if asked is not None:
-        is_number = asked.isascii() and asked.isdecimal() and len(asked) <= _MAX_TIMEOUT_DIGITS
-        if not (is_number and int(asked)):
+        digits = asked.lstrip("0")
+        if not (asked.isascii() and digits.isdecimal()):
             raise InvalidParameter("X-Request-Timeout-Ms must be a positive whole number.")
-        timeout_ms = min(timeout_ms, int(asked))
+        if len(digits) <= _MAX_TIMEOUT_DIGITS:  # more are more than any setting
+            timeout_ms = min(timeout_ms, int(digits))
     return time.monotonic() + timeout_ms / 1000
 
 

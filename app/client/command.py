@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from app.arguments import UNREAD, Arguments, drop_output, number_within, prepare_streams
+from app.client.errors import ImageError, ServerError
 from app.client.files import NothingFoundError, find_images
 from app.client.results import OtherModelError, Prediction, Result, Writer, finished, open_writer
 
@@ -49,8 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import tqdm  # noqa: F401 - likewise
     except ImportError as error:
         return _refuse(f"{error.name} is not installed: pip install '.[client]'")
-    from app.client.remote import ServerError
-
     if options.output is not None and options.output.exists() and not options.output.is_file():
         # As root, a new file would take the place of /dev/null.
         return _refuse(f"--output {options.output}: expected a file of its own, or none for stdout")
@@ -88,27 +87,28 @@ async def _run(options: argparse.Namespace, images: list[Path]) -> int:
         ):
             progress.update(len(images) - len(left))
             failed = await _classify_all(backend, left, writer, progress.update)
-    return SOME_FAILED if failed else ALL_GOOD
+    if not failed:
+        return ALL_GOOD
+    count = f"{len(failed)} of {len(left)} images failed"
+    sys.stderr.write(f"mixer-classify: {count}, the first {failed[0].path}: {failed[0].error}\n")
+    return SOME_FAILED
 
 
 async def _classify_all(
     backend: Backend, images: list[Path], writer: Writer, tell_progress: Callable[[], object]
-) -> int:
-    """Classify every image, so many at once; return how many failed."""
-    from app.client.remote import ImageError
-
+) -> list[Result]:
+    """Classify every image, so many at once; return the failures."""
     todo = iter(images)
-    failed = 0
+    failed: list[Result] = []
 
     async def work() -> None:
-        nonlocal failed
         for image in todo:  # all workers take from the same iterator
             try:
                 data = await asyncio.to_thread(image.read_bytes)
                 result = Result(str(image), backend.model, await backend.classify(data))
             except (ImageError, OSError) as error:
                 result = Result(str(image), backend.model, error=str(error))
-                failed += 1
+                failed.append(result)
             writer.write(result)
             tell_progress()
 
@@ -140,7 +140,6 @@ def _holds_something(file: Path | None) -> bool:
 
 def _key(file: Path | None) -> str | None:
     """Return the first key of a file that is written as the server's own."""
-    from app.client.remote import ServerError
     from app.keys import read_keys
 
     try:

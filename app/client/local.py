@@ -6,7 +6,7 @@ from pathlib import Path
 
 from app.admission import Admission
 from app.classifier import Classifier
-from app.client.remote import ImageError, ServerError
+from app.client.errors import ImageError, ServerError
 from app.client.results import Prediction
 from app.engine import OnnxEngine
 from app.errors import Problem, StartupError

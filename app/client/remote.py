@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx2
 
+from app.client.errors import ImageError, ServerError
 from app.client.results import Prediction
 
 logger = logging.getLogger(__name__)
@@ -17,14 +18,6 @@ LONGEST_BUSY_WAIT_S = 4.0  # of a server that says when to come back, unless it 
 MAX_PORT = 65_535
 # Ours, or of a balancer in front whose server is just starting.
 BUSY = frozenset({408, 429, 502, 503, 504})
-
-
-class ServerError(Exception):
-    """The server cannot be used at all: the run ends."""
-
-
-class ImageError(Exception):
-    """This image cannot be classified; the others may."""
 
 
 class RemoteClassifier:

@@ -12,11 +12,13 @@ from app.routes.classify import json_response, model_name, read_upload
 from app.routes.openapi import BYTES, CLASSIFY_STATUSES, image_body, problems
 from app.schemas import Prediction
 from app.service import Service
-from app.uploads import unless_gone
+from app.uploads import JSON, unless_gone
 
 router = APIRouter(tags=["classify"])
 
+_QUALITY = re.compile(r"q=([01](?:\.\d{0,3})?)")
 PNG = "image/png"
+_QUALITY = re.compile(r"q=([01](?:\.\d{0,3})?)")
 Index = Annotated[
     int | None, Query(ge=0, description="the label to explain, by its index (default: the best)")
 ]
@@ -60,9 +62,10 @@ async def explain(request: Request, index: Index = None) -> Response:
 
 
 def _wants_picture(accept: list[str]) -> bool:
-    """Return whether `Accept` names PNG, and not to rule it out (RFC 9110, 12.5.1)."""
+    """Return whether `Accept` names PNG, and JSON no higher (RFC 9110, 12.5.1)."""
+    qualities = {}
     for one in ",".join(accept).lower().split(","):
         media_type, *parameters = (part.strip() for part in one.split(";"))
-        if media_type == PNG:
-            return not any(re.fullmatch(r"q=0(\.0{0,3})?", one) for one in parameters)
-    return False
+        found = [_QUALITY.fullmatch(parameter) for parameter in parameters]
+        qualities[media_type] = min((float(q[1]) for q in found if q), default=1.0)
+    return 0 < qualities.get(PNG, 0) >= qualities.get(JSON, 0)

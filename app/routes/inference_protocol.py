@@ -148,8 +148,10 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
         with service.admission.answering(extent.images, extent.seconds, deadline):
             results = await unless_gone(request, classifier.classify(images, deadline))
             logits = []
-            for result in results:
+            for number, result in enumerate(results):
                 if isinstance(result, Problem):
+                    if len(images) > 1:
+                        result.detail = f"Of element {number} of 'image': {result.detail}"
                     raise result
                 logits.append(result.logits)
             card = classifier.card

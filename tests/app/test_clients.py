@@ -299,6 +299,25 @@ class TestInferenceProtocol:
         answer = client.post(self.URL, json={**asked, "outputs": outputs})
         assert [one["shape"][1] for one in answer.json()["outputs"]] == [2, 2, 2, 3]
 
+    @pytest.mark.parametrize("value", ["no", 1, None])
+    def test_binary_is_true_or_false(self, client: TestClient, value: object) -> None:
+        """What says whether an output is binary is true or false, or a 422 problem names it."""
+        outputs = [{"name": "label", "parameters": {"binary_data": value}}]
+        for asked, name in (
+            ({"outputs": outputs}, "binary_data must"),
+            ({"parameters": {"binary_data_output": value}}, "binary_data_output must"),
+        ):
+            answer = client.post(self.URL, json={**self.body(), **asked})
+            assert name in answer.json()["detail"]
+            assert answer.status_code == 422
+
+    def test_bad_image_is_named(self, client: TestClient) -> None:
+        """Of several images the one that cannot be decoded is named by its place."""
+        bad = base64.b64encode(b"no image").decode()
+        answer = client.post(self.URL, json=self.body(shape=[2], data=[TEXT, bad]))
+        assert answer.json()["detail"].startswith("Of element 1 of 'image': The upload is not")
+        assert answer.status_code == 415
+
     @pytest.mark.parametrize("count", [True, 0, "2"])
     def test_classification_is_a_number(self, client: TestClient, count: object) -> None:
         """A `classification` that is no positive whole number is a 422 problem."""

@@ -15,8 +15,8 @@ import pytest
 
 from app import cuda, memory
 from app.cuda import KEPT_APART, TENSORRT, nodes_elsewhere
-from app.engine import CPU
 from app.errors import StartupError
+from app.runtime import CPU
 from app.settings import EMBEDDED_MODEL
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
@@ -12,10 +13,11 @@ import pytest
 
 from app.buckets import bucket_sizes
 from app.cuda import CUDA, GpuOptions, cuda_options, tensorrt_options
-from app.engine import CPU, Device, OnnxEngine
+from app.engine import Device, OnnxEngine
 from app.errors import StartupError
 from app.memory import CPU_MEMORY, gpu_memory
 from app.model_card import CARD_KEY, CardError, Golden, read_metadata, write_metadata
+from app.runtime import CPU
 from app.settings import EMBEDDED_MODEL
 from app.shares import Share, Shares
 from tests.fakes import make_card
@@ -149,6 +151,24 @@ def test_batch_over_the_largest_bucket(bucketed: OnnxEngine) -> None:
     """A batch that fits no bucket is refused by its size, not cut."""
     with pytest.raises(ValueError, match="a batch of 12 is over the largest of 11"):
         bucketed.run(draw(12))
+
+
+@pytest.mark.parametrize("locked", ["model.onnx", "."])
+def test_file_that_may_not_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: str
+) -> None:
+    """A model that another user may not read is told so, not taken for none or for damaged."""
+    model = tmp_path / "model.onnx"
+    model.write_bytes(EMBEDDED_MODEL.read_bytes())
+    if os.geteuid() == 0:  # who may read everything
+        call = "stat" if locked == "." else "open"
+        monkeypatch.setattr(Path, call, Mock(side_effect=PermissionError(13, "Permission denied")))
+    else:
+        (tmp_path / locked).chmod(0)
+    with pytest.raises(StartupError, match=rf"user {os.geteuid()} may not read it; chmod a\+r"):
+        OnnxEngine(model, "cpu", 1)
+    monkeypatch.undo()
+    tmp_path.chmod(0o700)
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])

@@ -73,12 +73,15 @@ def test_png(client: TestClient) -> None:
     [
         ("text/html, IMAGE/PNG;q=0.5", "image/png"),
         ("image/png;q=0, application/json", "application/json"),
+        ("image/png, application/json", "image/png"),
+        ("image/png;q=0.5, application/json;q=0.9", "application/json"),
+        ("application/json;q=0.5, image/png;q=0.9", "image/png"),
         ("image/*", "application/json"),
         ("*/*", "application/json"),
     ],
 )
 def test_accept(client: TestClient, accept: str, media_type: str) -> None:
-    """The picture comes where Accept names PNG and does not rule it out, else JSON."""
+    """The picture comes where Accept names PNG, and JSON no higher, else JSON."""
     answer = client.post("/explain", content=corner(), headers={"Accept": accept})
     assert answer.headers["content-type"] == media_type
 

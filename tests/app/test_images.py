@@ -439,3 +439,12 @@ def _pngsuite(archive: Path) -> Iterator[tuple[str, bytes, list[int]]]:
         reference = found.get(name.removesuffix(".png") + ".json")
         if name.endswith(".png") and reference is not None and name != "cdhn2c08.png":
             yield name, data, json.loads(reference)
+
+
+def test_large_profile_of_a_png() -> None:
+    """A PNG whose profile unpacks to 3 MiB is a picture as any other, as a JPEG's is."""
+    profile = np.random.default_rng(0).bytes(3 * 2**20)
+    picture = Image.new("RGB", (16, 16), (200, 0, 0))
+    for file_format in ("PNG", "JPEG"):
+        upload = encode(picture, file_format, icc_profile=profile)
+        assert decode(upload, as_is(16), PIXELS).format == file_format

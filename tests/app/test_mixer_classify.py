@@ -23,9 +23,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from app.client.errors import ImageError, ServerError
 from app.client.files import find_images
 from app.client.local import LocalClassifier
-from app.client.remote import ImageError, RemoteClassifier, ServerError
+from app.client.remote import RemoteClassifier
 from app.client.results import Prediction
 from app.engine import OnnxEngine
 from app.nursery import nursery
@@ -152,6 +153,8 @@ def test_bad_image(live: Server, folder: Path, target: str) -> None:
     where = live.url if target == "server" else MODEL
     done = run(where, folder / "notes.txt", folder / "a.png", "--format", "jsonl")
     assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"mixer-classify: 1 of 2 images failed, the first {folder}/notes.txt: ")
     found = by_name(done.stdout)
     assert "not a JPEG" in str(found["notes.txt"]["error"])
     assert "error" not in found["a.png"]

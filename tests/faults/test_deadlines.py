@@ -129,8 +129,17 @@ def test_rested_service_forgets_a_slow_spell(fake: Start) -> None:
         assert one(server.url, hurried).status == 200
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "1.5", "x", "1e3", "9" * 30])
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "x", "1e3", "", "000", "٣"])
 def test_bad_deadline(fake: Start, value: str) -> None:
     """A deadline that is no positive whole number is a 422 problem."""
     with fake() as server:
         assert one(server.url, post(make_image(), X_Request_Timeout_Ms=value)).status == 422
+
+
+@pytest.mark.parametrize("value", ["9" * 30, "0" * 30 + "9000"])
+def test_long_deadline(fake: Start, value: str) -> None:
+    """A deadline of any number of digits is taken; the setting is still the longest."""
+    with fake(batch_ms=400, request_timeout_ms=200) as server:
+        assert one(server.url, post(make_image(), X_Request_Timeout_Ms=value)).status == 504
+    with fake() as server:
+        assert one(server.url, post(make_image(), X_Request_Timeout_Ms=value)).status == 200
