@@ -338,6 +338,7 @@ class TestInferenceProtocol:
             ({"datatype": "FP32"}, "datatype"),
             ({"shape": [2]}, "shape"),
             ({"shape": [-1]}, "shape"),
+            ({"shape": [-1, -1]}, "shape"),
             ({"data": []}, "empty"),
             ({"data": ["*"]}, "base64"),
             ({"data": ["\u00e9"]}, "base64"),

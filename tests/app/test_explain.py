@@ -47,6 +47,23 @@ def test_grid_points_at_the_patch(client: TestClient) -> None:
     assert grid[0, 1] > 0 > max(grid[0, 0], grid[1, 0], grid[1, 1])
 
 
+def test_hidden_is_the_mean_color(client: TestClient) -> None:
+    """What a cell costs is what the label loses when the cell shows the image's mean color."""
+    pixels = np.zeros((2, 2, 3))
+    pixels[:] = (0, 200, 0)
+    pixels[0, 1] = (250, 0, 0)
+    hidden = pixels.copy()
+    hidden[0, 1] = pixels.mean(axis=(0, 1)).round()
+
+    def log_probability(cells: "np.typing.NDArray[np.float64]") -> float:
+        logits = cells.mean(axis=(0, 1)) / 10
+        return float(logits[0] - np.log(np.exp(logits).sum()))
+
+    lost = log_probability(pixels) - log_probability(hidden)
+    found = explain(client, corner(), index=0).json()["importance"]
+    assert found[0][1] == pytest.approx(lost, abs=1e-4)
+
+
 def test_best_label_is_explained_by_default(client: TestClient) -> None:
     """Without an index the best label is explained, with the score that `/classify` gives it."""
     found = explain(client, corner()).json()

@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 
 from app.logs import JsonFormatter
 from app.metrics import Metrics
+from app.trace import new_trace
 from tests.conftest import Serve
 from tests.fakes import FakeEngine, make_image
 from tests.live import log_lines
@@ -294,3 +295,15 @@ def test_time_of_a_line(created: float, time: str) -> None:
     """A line's time is that of its record, to the nearest millisecond."""
     record = logging.makeLogRecord({"created": created, "msg": "here"})
     assert json.loads(JsonFormatter().format(record))["time"] == time
+
+
+@pytest.mark.parametrize(
+    ("status", "count"), [(200, 1), (500, 1), (408, 1), (504, 1), (429, 0), (413, 0), (503, 0)]
+)
+def test_what_took_time_is_timed(status: int, count: int) -> None:
+    """What was refused at once does not make the service look fast; what ran out of time counts."""
+    metrics = Metrics()
+    metrics.finish_request(new_trace(), "/classify", status, 0.5)
+    text = asyncio.run(metrics.scrape()).decode()
+    line = f'mixer_request_seconds_count{{route="/classify"}} {count}.0'
+    assert (line in text) == bool(count)

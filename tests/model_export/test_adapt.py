@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from app.engine import OnnxEngine
-from app.model_card import read_metadata
+from app.model_card import Golden, read_metadata
 from model_export import cli, ridge
 from model_export.train import main
 
@@ -60,6 +60,11 @@ def test_checkpoint_is_exported_on_the_way(images: Path, tmp_path: Path) -> None
     assert OnnxEngine(output, "cpu", 1).card.source == "google_tiny.npz, adapted"
 
 
+def _golden(path: Path) -> Golden:
+    proto = onnx.load(path)
+    return read_metadata({entry.key: entry.value for entry in proto.metadata_props})[1]
+
+
 def test_small_precisions_are_adapted(convert: Convert, images: Path, tmp_path: Path) -> None:
     """An int8 file keeps its int8 trunk under the new head, if it has the output features."""
     flags = ("--precision", "int8", "--min-agreement", "0")
@@ -69,6 +74,11 @@ def test_small_precisions_are_adapted(convert: Convert, images: Path, tmp_path: 
     model = convert(TINY, 7, *flags, "--with-features")
     assert main(["adapt", str(model), str(images), "-o", str(output)]) == 0
     assert OnnxEngine(output, "cpu", 1).card.precision == "int8"
+    # As much may another CPU's logits differ: the share of the largest that the model came with.
+    shares = [
+        golden.tolerance / np.abs(golden.logits()).max() for golden in map(_golden, (model, output))
+    ]
+    assert shares[0] == pytest.approx(shares[1], rel=1e-3)
 
 
 def test_scores_are_decided(convert: Convert, images: Path, tmp_path: Path) -> None:
