@@ -59,6 +59,7 @@ class Classifier:
         self._admission = admission
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
+        self.works = 0  # of `in_decoder`, those included that nobody waits for any more
         task = Task(
             preprocessing=engine.card.preprocessing,
             max_pixels=settings.max_pixels,
@@ -163,6 +164,7 @@ class Classifier:
         """
         done: Future[Answer] = Future()
         self._admission.admit(1, deadline)
+        self.works += 1
 
         def run() -> None:
             try:
@@ -171,10 +173,14 @@ class Classifier:
             except Exception as error:
                 done.set_exception(error)
             finally:
-                self._loop.call_soon_threadsafe(self._admission.dismiss, 1)
+                self._loop.call_soon_threadsafe(self._end_work)
 
         self._work.put(run)
         return await asyncio.wrap_future(done)
+
+    def _end_work(self) -> None:
+        self.works -= 1
+        self._admission.dismiss(1)
 
     async def close(self) -> None:
         """Answer what was admitted, then end the threads."""

@@ -22,6 +22,7 @@ from app.errors import (
     CorruptImage,
     DecoderLost,
     EmptyBody,
+    NotReady,
     Problem,
     StartupError,
     TooManyPixels,
@@ -81,7 +82,8 @@ class Decoders:
         Raises:
             EmptyBody, UnsupportedFormat, TooManyPixels, CorruptImage: as `images.decode`; the last
                 also for what takes longer than decoder.MAX_CPU_S.
-            DecoderLost: the process ended, and the next upload gets another one; or there is none.
+            DecoderLost: the process ended, and the next upload gets another one.
+            NotReady: there is none; the upload was never read.
             RuntimeError: a bug in the decoder; the process goes on.
         """
         for _ in self._all:  # one that could not be replaced leaves the work to others
@@ -99,7 +101,7 @@ class Decoders:
             self._recover()
             return picture
         self._fail()
-        raise DecoderLost("There is no process that could decode the image.")
+        raise NotReady("There is no process that could decode the image; ask another replica.")
 
     def probe(self) -> None:
         """See whether processes can be had again, while no upload comes that would tell."""
@@ -225,11 +227,12 @@ class Decoder:
         asked = time.monotonic()
         try:
             self._link = nursery().new_link()
-            hello = None
             try:
                 hello = receive(self._link)
             except BlockingIOError:
-                nursery().end_hung(asked)  # the next one to ask finds another
+                nursery().replace(asked)  # for the next one to ask
+                self.close()
+                raise NoDecoder("No decoder has come: what forks them hangs.") from None
             if hello is None:
                 self.close()
                 raise NoDecoder("A process that decodes has ended as it began.")

@@ -27,6 +27,14 @@ Answer = TypeVar("Answer")
 # Of one document, lists and their elements included. Each costs a hundred times its bytes in memory
 # while it is parsed, and time in which the event loop waits; an image is a single one.
 MAX_MEMBERS = 100_000
+# The time for a number grows with the square of its digits, and the parser holds the GIL.
+MAX_DIGITS = 100
+_SLICE_BYTES = 2**20
+_LONG = b"0" * (MAX_DIGITS + 1)
+_DIGITS_ALIKE = bytes.maketrans(b"123456789", b"000000000")
+_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=-_\\"
+# Base64 needs none; twenty MiB of them take a third of a second.
+MAX_ESCAPES = 10_000
 # While a document is read its text is there up to three times over: one document at a time.
 _READER = ThreadPoolExecutor(1, "mixer-document")
 _LINE_BREAKS_AND_SPACES = b" \t\r\n\f\v"
@@ -162,6 +170,10 @@ def parse_document(body: bytes | memoryview, kind: type[Document]) -> Document:
     text = bytes(body)
     if sum(map(text.count, (b",", b"[", b"{"))) > MAX_MEMBERS:  # none of them is in base64
         raise InvalidParameter(f"body: more than {MAX_MEMBERS:,} members.")
+    if text.count(b"\\u") > MAX_ESCAPES:
+        raise InvalidParameter(f"body: more than {MAX_ESCAPES:,} escaped letters.")
+    if _has_long_number(text):
+        raise InvalidParameter(f"body: a number of more than {MAX_DIGITS} digits.")
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
@@ -172,3 +184,22 @@ def parse_document(body: bytes | memoryview, kind: type[Document]) -> Document:
             raise MalformedJson(f"The body is not JSON: {message}.") from None
         place = ".".join(str(part) for part in first["loc"]) or "body"
         raise InvalidParameter(f"{place}: {message}.") from None
+
+
+def _has_long_number(text: bytes) -> bool:
+    """Return whether so many digits stand in a row anywhere but in a string of base64.
+
+    Looked for slice by slice: the calls hold the GIL.
+    """
+    end = 0  # of the last string that has such a row
+    for begin in range(0, len(text), _SLICE_BYTES):
+        digits = text[begin : begin + _SLICE_BYTES + MAX_DIGITS].translate(_DIGITS_ALIKE)
+        while (found := digits.find(_LONG, max(0, end - begin))) >= 0:
+            start = begin + found
+            quote = text.rfind(b'"', end, start)
+            if quote < 0 or text[quote + 1 : start].translate(None, _BASE64):
+                return True
+            end = text.find(b'"', start) + 1
+            if end == 0:  # a string without an end: the parser tells
+                return False
+    return False

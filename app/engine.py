@@ -130,9 +130,10 @@ class OnnxEngine:
         gpu = replace(gpu, tensorrt=tensorrt)
         session, self.provider = open_session(path, options(threads), gpu, max_batch)
         self._read_card(path, session)
+        memory = gpu_memory()
         try:
-            self._batches: Buckets | Shares = Buckets(session, max_batch, gpu_memory())
-        except RuntimeError as error:  # as onnxruntime's are
+            self._batches: Buckets | Shares = Buckets(session, max_batch, memory)
+        except Exception as error:  # onnxruntime raises a class of its own for each status
             raise too_large(max_batch, self.provider, error) from error
         self._check_golden(path, max_batch)
 

@@ -20,7 +20,7 @@ from app.batcher import SPARE_BATCH_S
 from app.classifier import Classifier
 from app.decoder import Task
 from app.decoders import Decoder
-from app.errors import DeadlineExceeded, InvalidParameter, Problem, QueueFull
+from app.errors import DeadlineExceeded, Problem, QueueFull
 from app.images import Picture
 from app.latency import LatencyTable
 from app.model_card import Preprocessing
@@ -59,17 +59,13 @@ class Explainer:
         self._running = False
 
     async def explain(self, upload: bytes, deadline: float, index: int | None) -> Explanation:
-        """Return why the upload gets its best label, or the label at `index`.
+        """Return why the upload gets its best label, or the label at `index`; inside `only_one`.
 
         `deadline` is in seconds of `time.monotonic()`.
 
         Raises:
-            InvalidParameter: the model has no label at `index`.
             Problem: as for classifying the upload.
         """
-        classes = len(self._classifier.card.labels)
-        if index is not None and index >= classes:
-            raise InvalidParameter(f"index is {index}; it must be from 0 to {classes - 1}.")
         grid = _grid_side(self._classifier.card.preprocessing)
         cell = self._cell(grid, deadline - time.monotonic())
         [result] = await self._classifier.classify([upload], deadline)
@@ -116,7 +112,7 @@ class Explainer:
         Raises:
             QueueFull: another explanation runs, or requests would wait for this one.
         """
-        if self._running:
+        if self._running or self._classifier.works:
             raise QueueFull("Another explanation is under way.", math.ceil(BUDGET_S), "explaining")
         wait_s = self._latency.wait_s(waiting)
         if wait_s > BUSY_S:

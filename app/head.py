@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 # Sections 3 and 5: one target without anything to decode, fields of visible ASCII on a line each.
 _HEAD = re.compile(
-    rb"POST ([!-~]{1,2048}) HTTP/1\.1\r\n"
+    rb"POST ([!-~]{1,1024}) HTTP/1\.1\r\n"
     rb"((?:[A-Za-z0-9_-]++:[\t -~]*+\r\n){1,64})\r\n"
 )
 _FIELD = re.compile(rb"([A-Za-z0-9_-]++):[\t ]*+([\t -~]*)\r\n")

@@ -20,8 +20,9 @@ FRESHNESS = 0.2
 # A measurement counts as at most this many times what was expected: one hostile image that takes
 # seconds to decode must not have everyone after it refused.
 SURPRISE = 4.0
-# Without a batch for so long, what was measured last may no longer hold.
+# Without a batch for so long, or one of that size, what was measured last may no longer hold.
 RESTED_S = 1.0
+RELAX_S = 0.1  # between two looks at which sizes those are
 
 
 class LatencyTable:
@@ -39,23 +40,40 @@ class LatencyTable:
         self._seconds = [0.0] * (max_batch + 1)  # by batch size, between measured ones interpolated
         self._decode_s = 0.0
         self._observed = 0.0  # time.monotonic() seconds
+        self._seen: dict[int, float] = {}  # likewise, by batch size
+        self._relaxed = 0.0  # likewise
         self._calm: LatencyTable | None = None  # as it was once warm
 
     def observe_batch(self, images: int, seconds: float) -> None:
         """Take in the duration of one inference."""
-        self._observed = time.monotonic()
-        known = self._measured.get(images, seconds)
-        table = self._seconds.copy()
-        self._measured[images] = table[images] = _follow(known, seconds)
-        # Only what lies between this size and its measured neighbours changes with it.
+        now = self._observed = self._seen[images] = time.monotonic()
+        self._measured[images] = _follow(self._measured.get(images, seconds), seconds)
         sizes = sorted(self._measured)
         at = sizes.index(images)
-        for low, high in itertools.pairwise(sizes[at - 1 : at + 2]):
-            step = (table[high] - table[low]) / (high - low)
-            table[low + 1 : high] = [table[low] + step * more for more in range(1, high - low)]
-        if images == sizes[-1]:
-            table[images:] = [table[images]] * (len(table) - images)
+        changed = sizes[at - 1 : at + 2]  # only what lies between a size and its neighbours
+        if self._calm is not None and now - self._relaxed > RELAX_S:
+            self._relaxed, changed = now, sizes
+            self._relax(self._measured[images] / max(self._calm.inference_s(images), 1e-9))
+        table = self._seconds.copy()
+        for low, high in itertools.pairwise(changed):
+            low_s, high_s = self._measured[low], self._measured[high]
+            step = (high_s - low_s) / (high - low)
+            table[low:high] = [low_s + step * more for more in range(high - low)]
+        last = changed[-1]
+        count = len(table) - last if last == sizes[-1] else 1
+        table[last : last + count] = [self._measured[last]] * count
         self._seconds = table
+
+    def _relax(self, pace: float) -> None:
+        """Let sizes come down that nobody has measured for a while, as slow now as `pace` says.
+
+        A size that a slow spell has made dear is refused, and what is refused measures nothing.
+        """
+        assert self._calm is not None
+        for size, seen in self._seen.items():
+            if self._observed - seen > RESTED_S:
+                above_s = self._measured[size] - pace * self._calm.inference_s(size)
+                self._measured[size] -= FRESHNESS * max(0.0, above_s)
 
     def observe_decode(self, seconds: float) -> None:
         """Take in the duration of one decode."""

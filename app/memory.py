@@ -36,8 +36,14 @@ def gpu_memory() -> Memory:
 
     Copies go past ONNX Runtime's own, which hold the GIL: for milliseconds, or for good on a GPU
     that hangs.
+
+    Raises:
+        StartupError: CUDA's runtime cannot be loaded.
     """
-    runtime = ctypes.CDLL(f"libcudart.so.{_cuda_major()}")
+    try:
+        runtime = ctypes.CDLL(f"libcudart.so.{_cuda_major()}")
+    except OSError as error:
+        raise StartupError(f"CUDA's runtime cannot be loaded: {error}") from error
     return Memory("cuda", partial(_pinned, runtime), partial(_copy, runtime))
 
 
@@ -47,7 +53,7 @@ def _pinned(runtime: ctypes.CDLL, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     Its pages are its own, for CUDA pins none of them twice.
 
     Raises:
-        StartupError: CUDA refuses.
+        OSError, RuntimeError: there is no memory, or CUDA refuses.
     """
     pages = mmap.mmap(-1, math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     buffer = np.frombuffer(pages, np.uint8)
@@ -55,7 +61,7 @@ def _pinned(runtime: ctypes.CDLL, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     status = runtime.cudaHostRegister(address, ctypes.c_size_t(buffer.nbytes), ctypes.c_uint(0))
     if status:
         runtime.cudaGetLastError()  # or a later call would be told of this one's
-        raise StartupError(f"CUDA cannot pin {buffer.nbytes} bytes of memory (error {status})")
+        raise RuntimeError(f"CUDA cannot pin {buffer.nbytes} bytes of memory (error {status})")
     # What comes to lie at this address afterwards could else not be pinned (error 712). At the
     # process's end CUDA may be gone before us.
     weakref.finalize(buffer, runtime.cudaHostUnregister, address).atexit = False

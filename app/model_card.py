@@ -22,6 +22,10 @@ _Mean = Annotated[float, Field(allow_inf_nan=False)]
 _Std = Annotated[float, Field(allow_inf_nan=False, gt=0)]
 
 
+# A stranger's file must not write to a terminal or forge a line of the log.
+_Line = Annotated[str, Field(pattern=r"^\P{Cc}*$")]
+
+
 class CardError(Exception):
     """The file carries no model card, or one that does not hold together."""
 
@@ -72,14 +76,14 @@ class ModelCard(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(min_length=1, pattern="^[^/]+$")  # a part of paths
-    version: str = Field(min_length=1, description="first 12 hex digits of checksum")
-    family: str = Field(default="mixer", description="mixer, gmixer, resmlp or gmlp")
-    variant: str = Field(description="S/32 … H/14, or the dimensions of a model of one's own")
+    name: str = Field(min_length=1, pattern=r"^[^/\p{Cc}]+$")  # a part of paths
+    version: _Line = Field(min_length=1, description="first 12 hex digits of checksum")
+    family: _Line = Field(default="mixer", description="mixer, gmixer, resmlp or gmlp")
+    variant: _Line = Field(description="S/32 … H/14, or the dimensions of a model of one's own")
     parameters: Positive
     preprocessing: Preprocessing
-    labels: tuple[str, ...] = Field(min_length=1)
-    source: str = Field(description="file name or hub address of the checkpoint")
+    labels: tuple[_Line, ...] = Field(min_length=1)
+    source: _Line = Field(description="file name or hub address of the checkpoint")
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
     checksum: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the checkpoint")
 

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import cache
 
 # An upload of the usual size then goes with one call, without waiting for the decoder to read.
 _BUFFER_BYTES = 1 << 20
 # The longest honest picture takes two seconds of CPU time; on a crowded machine, far longer.
 STUCK_S = 30
+_LAST_WORD_S = 1.0
 _PATIENCE = struct.pack("ll", STUCK_S, 0)  # struct timeval
 _ENVIRONMENT = {
     # Pillow keeps as many blocks of up to this size for the next picture. Memory fresh from the
@@ -63,12 +65,15 @@ class Nursery:
                 socket.send_fds(self._control, [b"1"], [theirs.fileno()])
         return ours
 
-    def end_hung(self, asked: float) -> None:
-        """End a process that has not answered since `asked`, seconds of `time.monotonic()`."""
+    def replace(self, asked: float) -> None:
+        """Replace a process that has not answered since `asked`, seconds of `time.monotonic()`."""
         with self._lock:
             if self._started < asked:  # else somebody has done so already
+                self._control.close()
                 self._process.kill()
-                self._process.wait()
+                with suppress(subprocess.TimeoutExpired):  # nothing ends what waits for a lost disk
+                    self._process.wait(_LAST_WORD_S)
+                self._start()
 
     def _start(self) -> None:
         self._started = time.monotonic()

@@ -35,6 +35,9 @@ from app.usual import express
 
 # What a request may hold besides its body: nginx's and most balancers' own limit for headers.
 MAX_HEADER_BYTES = 64 * 1024
+# The longest that anyone needs is that of a model with a long name. Of a query of nothing but
+# parameters each takes the framework microseconds and a hundred times its bytes.
+MAX_TARGET_BYTES = 1024
 # Each costs a hundred times its bytes in memory; clients and balancers together send some thirty.
 MAX_HEADERS = 100
 # A chunk of one byte comes with five bytes of framing; extensions and trailers are not for us.
@@ -110,12 +113,12 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clocks, and whatever is being done for the client."""
+        self._farewell.end()
         if self._express is not None:
             self._express.hang_up()
         self._clock.end()
         self._patience.end()
         self._writing.end()
-        self._farewell.end()
         super().connection_lost(exc)
         if self._served is not None and not self._served.response_complete:
             # uvicorn tells the last one that came only.
@@ -172,12 +175,15 @@ class BoundedProtocol(HttpToolsProtocol):
 
         Raises:
             OverflowError: too many requests ahead of their answers, headers too large, a coding
-                that is none of ours, no one host, or no probe where only those are taken; it stops
-                the parser.
+                that is none of ours, no one host, too long a target, or no probe where only those
+                are taken; it stops the parser.
         """
         if self._is_spare and self.url.partition(b"?")[0].decode("latin-1") not in OPEN_PATHS:
             self._refuse(*FULL)
             raise OverflowError("this connection is for probes")
+        if len(self.url) > MAX_TARGET_BYTES:
+            self._refuse(414, "URI Too Long", f"At most {MAX_TARGET_BYTES} bytes.")
+            raise OverflowError("target too long")
         size = len(self.url) + sum(map(len, chain.from_iterable(self.headers)))
         if size + 4 * len(self.headers) > MAX_HEADER_BYTES:  # all of it in one read
             self._refuse_headers()

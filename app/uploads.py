@@ -106,8 +106,8 @@ async def read_images(
     """Return the images of the repeated multipart field `files`, in order; and the deadline.
 
     Raises:
-        EmptyBody, BodyTooLarge, BodyTimeout, DeadlineExceeded, MalformedForm, UnsupportedFormat,
-            QueueFull: as their names say.
+        EmptyBody, BodyTooLarge, BodyTimeout, DeadlineExceeded, MalformedForm, TooManyImages,
+            UnsupportedFormat, QueueFull: as their names say.
     """
     if media_type_of(request) != FORM:
         raise UnsupportedFormat(f"Send the images as {FORM} with repeated field 'files'.")

@@ -18,6 +18,7 @@ import numpy as np
 from model_export.errors import ExportError
 
 _TRAIN = "train"
+_LARGEST_BYTES = 256 * 2**20  # of a picture's file
 _TEST = ("test", "val", "validation")
 
 
@@ -117,6 +118,8 @@ def read(path: Path, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
     wanted = [(str(name), member) for name, member in files.items() if str(name) in names]
     with tarfile.open(path) as archive:
         for name, member in sorted(wanted, key=lambda pair: pair[1].offset_data):
+            if member.size > _LARGEST_BYTES:
+                raise ExportError(f"{path}: {name} has {member.size} bytes, more than any picture")
             file = archive.extractfile(member)
             if file is not None:
                 yield name, file.read()

@@ -23,6 +23,8 @@ _STATES = (
 )
 # Modules may share their tensors, each then there under two names or three.
 _MAX_SHARING = 4
+# No checkpoint has any; each may double the time that a key takes.
+_MAX_SHARED_TUPLES = 16
 # A file of torch's old kind begins with as many pickles: magic, protocol, system, object, keys.
 _LEGACY_PICKLES = 5
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -39,11 +41,12 @@ def read_torch(path: Path) -> Weights:
         if not isinstance(saved, Mapping):
             raise ExportError(f"{path.name}: holds a {type(saved).__name__}, not a state dict")
         known = [key for key in _STATES if isinstance(saved.get(key), Mapping)]
-        states = [name for name, found in saved.items() if _is_state(found)]
-        if not known and len(states) == 1:  # `net`, `weights`, or what else people call it
-            known = states
         # An average may also be kept as numbers and a list, which say nothing of names.
         whole = [key for key in known if _is_state(saved[key])]
+        unknown = [name for name, found in saved.items() if name not in known and _is_state(found)]
+        is_state = any(isinstance(found, Tensor) for found in saved.values())
+        if not whole and not is_state and len(unknown) == 1:  # whatever people call it
+            whole = unknown
         taken, *others = whole or known[:1] or [""]
         state = saved[taken] if taken else saved
         for name, tensor in state.items():
@@ -57,9 +60,16 @@ def read_torch(path: Path) -> Weights:
             raise ExportError(f"{path.name}: its tensors' shapes hold more bytes than the file")
         return Weights(
             {str(name): tensor for name, tensor in state.items()},
-            state=f"{taken}; left aside: {', '.join(others)}" if others else "",
+            state=_told(str(taken), others),
             arguments=_arguments(saved.get("args")),
         )
+
+
+def _told(taken: str, others: list[str]) -> str:
+    """Return what the report says of the state that was taken, where that is not plain."""
+    if others:
+        return f"{taken}; left aside: {', '.join(others)}"
+    return "" if taken in _STATES else taken
 
 
 def _is_state(found: object) -> bool:
@@ -127,6 +137,13 @@ def _check_directory(path: Path, found: int) -> None:
 
 
 def _check_pickle(path: Path, data: bytes | IO[bytes]) -> None:
-    for _, argument, _ in pickletools.genops(data):
+    before, tuples, again = "", set(), 0  # tuples that were kept to be taken again; how often
+    for operation, argument, _ in pickletools.genops(data):
         if isinstance(argument, str) and argument.rpartition(" ")[2] == "bytearray":
             raise ExportError(f"{path.name}: refused, its pickle asks for memory of any size")
+        if "PUT" in operation.name and before.startswith("TUPLE"):
+            tuples.add(argument)
+        again += "GET" in operation.name and argument in tuples
+        if again > _MAX_SHARED_TUPLES:  # pairs of pairs of pairs: to hash them takes for ever
+            raise ExportError(f"{path.name}: refused, its pickle asks for time without end")
+        before = operation.name

@@ -11,7 +11,15 @@ from typing import Protocol, Self
 from app.arguments import UNREAD, Arguments, drop_output, number_within, prepare_streams
 from app.client.errors import ImageError, ServerError
 from app.client.files import NothingFoundError, find_images
-from app.client.results import OtherModelError, Prediction, Result, Writer, finished, open_writer
+from app.client.results import (
+    OtherModelError,
+    Prediction,
+    Result,
+    Writer,
+    finished,
+    open_writer,
+    printable,
+)
 
 ALL_GOOD, SOME_FAILED, USELESS, INTERRUPTED = 0, 1, 2, 130
 
@@ -90,7 +98,8 @@ async def _run(options: argparse.Namespace, images: list[Path]) -> int:
     if not failed:
         return ALL_GOOD
     count = f"{len(failed)} of {len(left)} images failed"
-    sys.stderr.write(f"mixer-classify: {count}, the first {failed[0].path}: {failed[0].error}\n")
+    first = printable(f"{failed[0].path}: {failed[0].error}")
+    sys.stderr.write(f"mixer-classify: {count}, the first {first}\n")
     return SOME_FAILED
 
 

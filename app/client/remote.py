@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 import httpx2
+from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from app.client.errors import ImageError, ServerError
 from app.client.results import Prediction
@@ -18,6 +19,24 @@ LONGEST_BUSY_WAIT_S = 4.0  # of a server that says when to come back, unless it 
 MAX_PORT = 65_535
 # Ours, or of a balancer in front whose server is just starting.
 BUSY = frozenset({408, 429, 502, 503, 504})
+
+
+class _Prediction(BaseModel):
+    label: str
+    index: int
+    score: FiniteFloat
+
+
+class _Answer(BaseModel):
+    """What is needed of an answer of ours; a stranger's may be anything."""
+
+    predictions: list[_Prediction]
+
+
+class _Model(BaseModel):
+    name: str
+    version: str
+    labels: list[str]
 
 
 class RemoteClassifier:
@@ -66,12 +85,13 @@ class RemoteClassifier:
         """
         try:
             answer = await self._ask("GET", "/model")
-            card = answer.json()
-            self.model = f"{card['name']}@{card['version']}"
-            self.top_k = min(self._top_k, len(card["labels"]))
-        except (ImageError, ValueError, KeyError, TypeError) as error:
+            card = _Model.model_validate_json(answer.content)
+            self.model = f"{card.name}@{card.version}"
+            self.top_k = min(self._top_k, len(card.labels))
+        except (ImageError, ValidationError) as error:
             await self._client.aclose()
-            raise ServerError(f"{self._client.base_url}: no Mixer Serve there ({error})") from None
+            reason = "it has no model card" if isinstance(error, ValidationError) else error
+            raise ServerError(f"{self._client.base_url}: no Mixer Serve there ({reason})") from None
         except ServerError:
             await self._client.aclose()
             raise
@@ -90,9 +110,9 @@ class RemoteClassifier:
         """
         answer = await self._ask("POST", f"/classify?top_k={self.top_k}", data)
         try:
-            found = answer.json()["predictions"]
-            return [Prediction(one["label"], one["index"], one["score"]) for one in found]
-        except (ValueError, KeyError, TypeError):
+            found = _Answer.model_validate_json(answer.content).predictions
+            return [Prediction(one.label, one.index, one.score) for one in found]
+        except ValidationError:
             raise ImageError("the answer cannot be read: it is no Mixer Serve's") from None
 
     async def _ask(self, method: str, path: str, data: bytes | None = None) -> httpx2.Response:
@@ -143,5 +163,5 @@ def _detail(answer: httpx2.Response) -> str:
     try:
         problem: dict[str, Any] = answer.json()
         return str(problem["detail"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"status {answer.status_code}"

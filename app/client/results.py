@@ -49,6 +49,13 @@ class Writer(Protocol):
         ...
 
 
+def printable(text: str) -> str:
+    """Return `text` without what would steer a terminal: labels and details may be a stranger's."""
+    return "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text
+    )
+
+
 class TableWriter:
     """Aligned columns, once all results are known, in the order of the files."""
 
@@ -66,7 +73,8 @@ class TableWriter:
         width = max((len(result.path) for result in self._results), default=0)
         for result in sorted(self._results, key=lambda one: self._order[one.path]):
             labels = "  ".join(f"{p.label} {p.score:.1%}" for p in result.predictions)
-            self._stream.write(f"{result.path:<{width}}  {result.error or labels}\n")
+            line = printable(f"{result.path:<{width}}  {result.error or labels}")
+            self._stream.write(f"{line}\n")
         self._stream.flush()
 
 

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from app import schemas
 from app.answers import InPieces
 from app.documents import EXAMPLE_IMAGE, ImageDocument
+from app.errors import InvalidParameter
 from app.routes.classify import json_response, model_name, read_upload
 from app.routes.openapi import BYTES, CLASSIFY_STATUSES, image_body, problems
 from app.schemas import Prediction
@@ -18,7 +19,6 @@ router = APIRouter(tags=["classify"])
 
 _QUALITY = re.compile(r"q=([01](?:\.\d{0,3})?)")
 PNG = "image/png"
-_QUALITY = re.compile(r"q=([01](?:\.\d{0,3})?)")
 Index = Annotated[
     int | None, Query(ge=0, description="the label to explain, by its index (default: the best)")
 ]
@@ -43,6 +43,9 @@ async def explain(request: Request, index: Index = None) -> Response:
     explainer, settings = service.explainer, service.settings
     with service.admission.body() as budget:
         upload, deadline = await read_upload(request, settings, budget)
+        classes = len(service.classifier.card.labels)
+        if index is not None and index >= classes:
+            raise InvalidParameter(f"index is {index}; it must be from 0 to {classes - 1}.")
         with explainer.only_one(service.admission.images):
             found = await unless_gone(request, explainer.explain(upload, deadline, index))
             if _wants_picture(request.headers.getlist("accept")):

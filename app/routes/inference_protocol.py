@@ -5,6 +5,7 @@ or all probabilities. https://github.com/kserve/open-inference-protocol
 """
 
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -150,7 +151,7 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
             logits = []
             for number, result in enumerate(results):
                 if isinstance(result, Problem):
-                    if len(images) > 1:
+                    if len(images) > 1 and result.status < HTTPStatus.INTERNAL_SERVER_ERROR:
                         result.detail = f"Of element {number} of 'image': {result.detail}"
                     raise result
                 logits.append(result.logits)

@@ -84,8 +84,13 @@ async def static(request: Request, name: str) -> Response:
     return InPieces(content, media_type=media_type, headers=headers, is_shared=True)
 
 
+_MAX_TAGS_BYTES = 1024  # of which a browser sends 18; more are not worth the event loop's time
+
+
 def is_known(tag: str, held: list[str]) -> bool:
     """Return whether `If-None-Match` names the tag, weak or not, or any (RFC 9110, 13.1.2)."""
+    if sum(map(len, held)) > _MAX_TAGS_BYTES:
+        return False
     tags = {one.strip().removeprefix("W/") for line in held for one in line.split(",")}
     return bool(tags & {tag, "*"})
 

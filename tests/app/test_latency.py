@@ -118,6 +118,27 @@ def test_slow_pictures_are_not_the_next_ones_fault() -> None:
     assert not table.could_do(1, 0.1)
 
 
+def test_sizes_that_nobody_measures_come_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a slow spell, sizes that are refused since are as dear again as the smallest is."""
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    table = LatencyTable(MAX_BATCH, decode_threads=1)
+    for images in (1, 8, MAX_BATCH):
+        table.observe_batch(images, 0.01 * images)
+    table.stay_calm()
+    for _ in range(20):
+        for images in (1, 8, MAX_BATCH):
+            table.observe_batch(images, 0.4)
+    assert table.inference_s(MAX_BATCH) > 0.35
+    for _ in range(100):
+        now += 0.2
+        table.observe_batch(1, 0.02)
+        assert table.inference_s(8) >= 0.159, "they come down further than the smallest has"
+    assert table.inference_s(8) == pytest.approx(0.16, rel=0.01)
+    assert table.inference_s(14) == pytest.approx(0.28, rel=0.01)  # between two of them
+    assert table.inference_s(MAX_BATCH) == pytest.approx(0.4, rel=0.02)
+
+
 def test_slow_decoding_keeps_within_the_budget() -> None:
     """Four batches are taken of a slow model's images, but no more than can be decoded in time."""
     for decode_s, infer_s, taken in ((0.001, 4.0, 64), (0.19, 0.016, 7)):
