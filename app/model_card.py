@@ -136,9 +136,12 @@ def read_metadata(metadata: Mapping[str, str]) -> tuple[ModelCard, Golden]:
         golden = Golden.model_validate_json(metadata[GOLDEN_KEY])
         golden.patches(card.preprocessing)
         classes = golden.logits().shape[1]
-    except ValueError as error:
-        detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+    except ValidationError as error:
+        first = error.errors()[0]
+        detail = ": ".join([*filter(None, [".".join(map(str, first["loc"]))]), first["msg"]])
         raise CardError(f"its model card is malformed: {detail}") from error
+    except ValueError as error:
+        raise CardError(f"its model card is malformed: {error}") from error
     if classes != len(card.labels):
         raise CardError(f"its card has {len(card.labels)} labels for {classes} logits")
     return card, golden

@@ -33,7 +33,7 @@ ACCEPTS_PER_ROUND = 32
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGE_BLOCK_BYTES = 4 * 2**20  # no batch: what it is stacked in would come anew each time
 # Besides connections: the listeners, the event loop's own, the model, the log, closing connections.
-SPARE_DESCRIPTORS = 160
+SPARE_DESCRIPTORS = 192
 # Besides those that settings choose: the nursery, the log, documents, long answers, spans, whoever
 # opens the model, libuv's, and the one that waits for the others at the end.
 SPARE_THREADS = 12

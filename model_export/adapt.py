@@ -22,7 +22,7 @@ from app.cpus import available_cpus
 from app.engine import OnnxEngine
 from app.errors import StartupError
 from app.model_card import Golden, ModelCard, Preprocessing, read_metadata, write_metadata
-from model_export import dataset, decoded, ridge
+from model_export import dataset, decoded, labels, ridge
 from model_export.decoded import Pictures
 from model_export.errors import ExportError
 from model_export.ridge import Head
@@ -78,6 +78,7 @@ def adapt(source: str, data: Path, output: Path, name: str | None) -> Adapted:
             f"--name {name}: expected no /, since the name is a part of the API's paths"
         )
     listing = dataset.find(data)
+    labels.check((name or output.stem, *listing.classes))
     with _exported(source) as path:
         base = _open(path)
         card, golden = read_metadata({p.key: p.value for p in base.metadata_props})

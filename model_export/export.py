@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 
 from app.model_card import Golden, ModelCard, Preprocessing, write_metadata
-from model_export import graph, quantize, verify
+from model_export import graph, labels, quantize, verify
 from model_export.checkpoints import Checkpoint
 from model_export.errors import ExportError
 from model_export.mixer import VARIANTS, Mixer, MixerConfig
@@ -156,9 +156,7 @@ def _shrink(
 
 
 def _card(checkpoint: Checkpoint, request: Request) -> ModelCard:
-    for text in (request.name, *request.labels):
-        if text.encode(errors="ignore").decode() != text:  # JSON and file names may hold such
-            raise ExportError(f"{text!a} is no Unicode: no client could read it")
+    labels.check((request.name, checkpoint.source, *request.labels))
     return ModelCard(
         name=request.name,
         version=checkpoint.checksum[:12],

@@ -3,6 +3,8 @@
 import csv
 import importlib.util
 import json
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 from model_export.errors import ExportError
@@ -71,6 +73,19 @@ def in_order(names: object) -> list[str] | None:
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         return names
     return None
+
+
+def check(texts: Iterable[str]) -> None:
+    """Look through labels and names that are to stand in answers, on terminals and in logs.
+
+    Raises:
+        ExportError: one could not.
+    """
+    for text in texts:
+        if text.encode(errors="ignore").decode() != text:  # JSON and file names may hold such
+            raise ExportError(f"{text!a} is no Unicode: no client could read it")
+        if any(unicodedata.category(letter) == "Cc" for letter in text):
+            raise ExportError(f"{text!a} holds a control character, a tab or a line break say")
 
 
 def _imagenet_1k() -> list[str]:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import sys
@@ -49,11 +50,14 @@ class Writer(Protocol):
         ...
 
 
+# Control characters, other line ends, and what turns the direction of text.
+_STEERING = (range(32), range(127, 160), range(0x2028, 0x202F), range(0x2066, 0x206A))
+_HARMLESS = dict.fromkeys(itertools.chain.from_iterable(_STEERING), "\ufffd")
+
+
 def printable(text: str) -> str:
     """Return `text` without what would steer a terminal: labels and details may be a stranger's."""
-    return "".join(
-        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text
-    )
+    return text.translate(_HARMLESS)
 
 
 class TableWriter:

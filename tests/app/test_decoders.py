@@ -29,6 +29,7 @@ from app.errors import (
     CorruptImage,
     DecoderLost,
     EmptyBody,
+    NotReady,
     Problem,
     StartupError,
     TooManyPixels,
@@ -331,7 +332,7 @@ def test_failures_in_a_row(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) 
             patch.setattr("app.decoders.nursery", Mock(side_effect=BlockingIOError))
             for one in decoders._all:
                 one.close()
-            with pytest.raises(DecoderLost):
+            with pytest.raises(NotReady):
                 decoders.decode(upload)
             assert decoders.failures == 1
         if kind is None:
@@ -349,7 +350,7 @@ def test_one_moment_without_processes(decoders: Decoders, monkeypatch: pytest.Mo
         for one in decoders._all:
             one.close()
         for _ in range(8):
-            with pytest.raises(DecoderLost):
+            with pytest.raises(NotReady):
                 decoders.decode(make_image())
         assert decoders.failures == 1
     decoders.decode(make_image())
@@ -381,7 +382,7 @@ def test_decoders_that_end_as_they_begin(
     with monkeypatch.context() as patch:
         patch.setattr(nursery(), "new_link", _gone_after_hello)
         for failures in (1, 2):
-            with pytest.raises(DecoderLost):
+            with pytest.raises(NotReady):
                 decoders.decode(make_image())
             assert decoders.failures == failures
         decoders.probe()

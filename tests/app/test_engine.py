@@ -104,6 +104,24 @@ def test_card_with_a_label_too_few() -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "member"),
+    [
+        ({"name": "team/model"}, "name"),
+        ({"name": "\x1b[2Jmodel"}, "name"),
+        ({"source": "x.npz\nready"}, "source"),
+        ({"labels": ["red", "gre\ten", "blue"]}, "labels.1"),
+    ],
+)
+def test_card_that_would_write_elsewhere(change: dict[str, object], member: str) -> None:
+    """A card whose texts could not stand in a path, on a terminal or in a log is refused."""
+    patches, logits = np.zeros((1, 4, 48), np.uint8), np.zeros((1, 3), np.float32)
+    metadata = write_metadata(make_card(), Golden.of(patches, logits, 0.1))
+    card = json.dumps(json.loads(metadata[CARD_KEY]) | change)
+    with pytest.raises(CardError, match=rf"{member}: String should match pattern"):
+        read_metadata({**metadata, CARD_KEY: card})
+
+
+@pytest.mark.parametrize(
     ("sizes", "said"),
     [
         ((30, 4), "image_size 30 is not a multiple of patch_size 4"),

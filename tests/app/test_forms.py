@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from app import documents
 from app.admission import Admission
-from app.errors import MalformedForm, QueueFull, TooManyImages
+from app.errors import InvalidParameter, MalformedForm, QueueFull, TooManyImages
 from app.forms import SLICE_BYTES, Form
 from app.latency import LatencyTable
 from app.settings import Settings
@@ -114,3 +114,30 @@ def test_a_free_decoder_is_used() -> None:
         admission.admit(1, deadline)
     with pytest.raises(QueueFull, match="too long"):
         admission.enter()
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"image": "eA==", "more": [%s]}' % (b"9" * 101), "a number of more than 100 digits"),
+        (b'{"image": "eA==", "more": -%s}' % (b"9" * 4300), "a number of more than 100 digits"),
+        (b'{"image": "%s", "more": 1.%s}' % (b"9" * 400, b"9" * 400), "a number of more than"),
+        (b"1" * 3_000_000, "a number of more than 100 digits"),
+        (b" " * (2**20 - 60) + b"9" * 101, "a number of more than 100 digits"),
+        (b'{"image": "%s"}' % (rb"\u0041" * 10_001), "more than 10,000 escaped letters"),
+    ],
+)
+def test_what_takes_a_parser_long(body: bytes, said: str) -> None:
+    """Numbers without end and text of nothing but escapes are refused before they are parsed."""
+    with pytest.raises(InvalidParameter, match=said):
+        documents.parse_document(body, documents.ImageDocument)
+
+
+@pytest.mark.parametrize("place", [0, 2**20 - 50])
+def test_digits_in_base64(place: int) -> None:
+    """Base64 may be digits only, by the hundred; a number of a hundred digits is one, too."""
+    image = b"A" * (place // 4 * 4) + b"0" * 3000 + rb"\/" + b"9" * 2999
+    number = b"9" * 100
+    body = b'{"image": "%s", "unknown": [%s, "%s"]}' % (image, number, b"8" * 500)
+    found = documents.parse_document(body, documents.ImageDocument)
+    assert found.image == base64.b64decode(image.replace(b"\\", b""))

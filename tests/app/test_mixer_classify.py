@@ -467,7 +467,19 @@ def test_api_key_files(content: bytes, said: str | None, folder: Path, tmp_path:
         assert "cret" not in done.stderr
 
 
-@pytest.mark.parametrize("answer", [b"<html>", b"{}", b'{"predictions": [1]}', b"null"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"<html>",
+        b"{}",
+        b'{"predictions": [1]}',
+        b"null",
+        b"[" * 100_000,
+        b'{"predictions": [{"label": 1, "index": 0, "score": 1}]}',
+        b'{"predictions": [{"label": "x", "index": 0, "score": NaN}]}',
+        b'{"predictions": [{"label": "\\ud800", "index": 0, "score": 1}]}',
+    ],
+)
 def test_answer_of_somebody_else(answer: bytes, folder: Path) -> None:
     """A 200 that is none of ours is the image's error, and the run goes on."""
     with busy_server(answer=answer) as (url, asked):
@@ -476,6 +488,15 @@ def test_answer_of_somebody_else(answer: bytes, folder: Path) -> None:
     assert len(asked) == 4
     found = by_name(done.stdout).values()
     assert all("no Mixer Serve's" in str(row["error"]) for row in found)
+
+
+def test_labels_do_not_steer_a_terminal(folder: Path) -> None:
+    """What a stranger's server calls an image stays one line, without control characters."""
+    one = {"label": "\x1b[2Jcat\n/etc/passwd  dog 100%\u202e", "index": 0, "score": 1.0}
+    with busy_server(answer=json.dumps({"predictions": [one]}).encode()) as (url, _):
+        done = run(url, folder / "a.png")
+    assert done.stdout.count("\n") == 1
+    assert "\ufffd[2Jcat\ufffd/etc/passwd  dog 100%\ufffd" in done.stdout
 
 
 def test_answer_of_a_later_version(folder: Path) -> None:

@@ -313,11 +313,11 @@ def test_signal_while_it_starts() -> None:
 def test_few_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where fewer descriptors are allowed, fewer connections are; where none is left, it stops."""
     settings = Settings(max_connections=1000, decode_threads=2)
-    for hard in (400, 163):
+    for hard in (400, 195):
         monkeypatch.setattr(resource, "getrlimit", lambda _, hard=hard: (hard, hard))
-        assert _allow_descriptors(settings).max_connections == hard - 162
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (162, 162))
-    with pytest.raises(StartupError, match="162 descriptors"):
+        assert _allow_descriptors(settings).max_connections == hard - 194
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (194, 194))
+    with pytest.raises(StartupError, match="194 descriptors"):
         _allow_descriptors(settings)
 
 

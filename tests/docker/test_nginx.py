@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from app.access import SECURITY_HEADERS
 from app.settings import Settings
 from tests.fleet.balancers import Balancer, balancing
 from tests.fleet.replicas import Replica
@@ -51,20 +52,30 @@ def test_its_own_errors_are_problems(nginx: Balancer) -> None:
         httpx2.get(f"{nginx.url}/" + 9000 * "a"),
         httpx2.get(nginx.url, headers={"X-Long": 40_000 * "a"}),
         httpx2.post(f"{nginx.url}/classify", content=too_large),
+        httpx2.request("TRACE", f"{nginx.url}/model"),
     ]
-    assert [answer.status_code for answer in answers] == [502, 404, 414, 431, 413]
+    assert [answer.status_code for answer in answers] == [502, 404, 414, 431, 413, 405]
     for answer in answers:
         assert answer.headers["content-type"] == "application/problem+json"
         assert answer.json()["status"] == answer.status_code
         assert answer.json()["type"].startswith("urn:problem-type:mixer-serve:")
+        for name, value in SECURITY_HEADERS.items():
+            assert answer.headers[name] == value
     assert answers[0].headers["retry-after"] == "1"
 
 
-def test_what_is_not_http_gets_a_problem(nginx: Balancer) -> None:
-    """A request line that nobody can read is answered with a 400 problem."""
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
+    ],
+)
+def test_what_is_not_http_gets_a_problem(nginx: Balancer, request_: bytes) -> None:
+    """A request that nobody can read is answered with a 400 problem."""
     host, _, port = nginx.url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port)), timeout=5) as connection:
-        connection.sendall(b"GARBAGE\r\n\r\n")
+        connection.sendall(request_)
         answer = connection.makefile("rb").read()
     assert answer.startswith(b"HTTP/1.1 400")
     assert b"problem+json" in answer

@@ -136,6 +136,7 @@ def test_security_headers(fake: Start, keys: Path) -> None:
         (late, 504),
         (oversize, 413),
         (huge, 431),
+        (get("/livez?" + "a&" * 600), 414),
         (get("/nowhere"), 404),
         (get("/classify"), 405),
         (post(b""), 400),

@@ -190,6 +190,10 @@ def test_many_pipelined_requests(fake: Start, figure: Figure) -> None:
         (b"OPTIONS /classify HTTP/1.1\r\nHost: test\r\n\r\n", 405),
         (b"HEAD /livez HTTP/1.1\r\nHost: test\r\n\r\n", 200),
         (b"GET /livez HTTP/1.1\r\nHost: h\r\n" + b"A: b\r\n" * 20_000 + b"\r\n", 431),
+        (get("/livez?" + "a" * 1017), 200),
+        (get("/livez?" + "a" * 1018), 414),
+        (post(make_image(), "/classify?top_k=" + "0" * 1006 + "1"), 200),
+        (post(make_image(), "/classify?top_k=" + "0" * 1008 + "1"), 414),
         (
             b"GET /livez HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
             200,

@@ -213,6 +213,12 @@ def test_output_must_be_an_onnx_file(
     [
         ("--name", "owner/name", "--name owner/name: expected no /"),
         ("--name", "a\udcff", "'a\\udcff' is no Unicode"),
+        ("--name", "a\x1b[2J", "'a\\x1b[2J' holds a control character"),
+        (
+            "--labels",
+            '["a", "b", "c", "d\\te", "e", "f", "g"]',
+            "'d\\te' holds a control character",
+        ),
         ("--labels", '["a", "b", "c", "\\ud800", "e", "f", "g"]', "'\\ud800' is no Unicode"),
     ],
 )

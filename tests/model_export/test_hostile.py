@@ -177,6 +177,16 @@ def test_what_a_download_leaves_instead(
     assert "more than tensors" not in str(raised.value)
 
 
+def test_pairs_of_pairs_are_refused(tmp_path: Path) -> None:
+    """A pickle whose key would take a trillion steps to hash is refused within a moment."""
+    pairs = b"".join(b"q%ch%c\x86" % (number, number) for number in range(45))  # put, get, pair
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02})" + pairs + b"K\x01s.")
+        archive.writestr("archive/version", b"3\n")
+    with pytest.raises(ExportError, match="asks for time without end"):
+        tensors.read(tmp_path / "bomb.pth")
+
+
 def test_torchscript(tmp_path: Path) -> None:
     """A compiled model is told as one, with what to save instead."""
     with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
