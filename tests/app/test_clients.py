@@ -316,6 +316,8 @@ class TestInferenceProtocol:
         bad = base64.b64encode(b"no image").decode()
         answer = client.post(self.URL, json=self.body(shape=[2], data=[TEXT, bad]))
         assert answer.json()["detail"].startswith("Of element 1 of 'image': The upload is not")
+        alone = client.post(self.URL, json=self.body(data=[bad]))
+        assert alone.json()["detail"].startswith("The upload is not")
         assert answer.status_code == 415
 
     @pytest.mark.parametrize("count", [True, 0, "2"])

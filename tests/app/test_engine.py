@@ -1,5 +1,6 @@
 """The engine: buckets on the CPU, refusals without a GPU, the options a GPU is opened with."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from app.buckets import bucket_sizes
+from app.buckets import Buckets, bucket_sizes
 from app.cuda import CUDA, GpuOptions, cuda_options, tensorrt_options
 from app.engine import Device, OnnxEngine
 from app.errors import StartupError
@@ -300,6 +301,32 @@ def test_stacked_pictures_are_not_copied_again(exact: OnnxEngine, bucketed: Onnx
     np.testing.assert_allclose(logits[::-1], exact.run(draw(3, seed=6)), atol=1e-5)
 
 
+def test_nothing_is_copied_twice() -> None:
+    """Of a padded batch its own images alone go to the device, and its own logits come back."""
+    copied: list[int] = []
+
+    def copy(to: int, source: int, size: int) -> None:
+        copied.append(size)
+        ctypes.memmove(to, source, size)
+
+    session = onnxruntime.InferenceSession(EMBEDDED_MODEL, providers=[CPU])
+    buckets = Buckets(session, 4, CPU_MEMORY._replace(copy=copy))
+    stacked = buckets.stack(list(draw(3)))
+    buckets._staging.flags.writeable = False  # they are there already
+    for bucket in buckets._buckets:
+        bucket._staging.flags.writeable = False
+    buckets.run(stacked)
+    assert copied == [3 * 64 * 48, 3 * 10 * 4]
+
+
+def test_limit_that_an_inference_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the arena's limit is too small for one image, the line names the setting."""
+    said = "bfc_arena.cc:360 Available memory of 5 is smaller than requested bytes of 9"
+    monkeypatch.setattr(Shares, "run", Mock(side_effect=RuntimeError(said)))
+    with pytest.raises(StartupError, match=r"bytes of 9\); choose a larger MIXER_GPU_MEMORY_MIB$"):
+        OnnxEngine(EMBEDDED_MODEL, "cpu", 1)
+
+
 def test_copy_that_cuda_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy that fails on a GPU is an error with CUDA's number, never old logits."""
     runtime = Mock()
@@ -308,3 +335,6 @@ def test_copy_that_cuda_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.memory._cuda_major", lambda: "13")
     with pytest.raises(RuntimeError, match=r"cannot copy 48 bytes \(error 700\)"):
         gpu_memory().copy(1, 2, 48)
+    [asked] = runtime.cudaMemcpy.call_args_list
+    assert [argument.value for argument in asked.args] == [1, 2, 48, 4]  # to, from, bytes, default
+    runtime.cudaGetLastError.assert_called_once()  # or the next kernel would be told of it

@@ -92,6 +92,7 @@ def test_png(client: TestClient) -> None:
         ("image/png;q=0, application/json", "application/json"),
         ("image/png, application/json", "image/png"),
         ("image/png;q=0.5, application/json;q=0.9", "application/json"),
+        ("image/png, application/json;q=0.9", "image/png"),
         ("application/json;q=0.5, image/png;q=0.9", "image/png"),
         ("image/*", "application/json"),
         ("*/*", "application/json"),
@@ -226,7 +227,9 @@ def test_overlay_is_counted_and_alone(serve: Serve, monkeypatch: pytest.MonkeyPa
         asked = pool.submit(client.post, "/explain", content=corner(), headers=headers)
         assert drawing.wait(20)
         assert "mixer_queue_depth 1.0" in client.get("/metrics").text
-        problem(explain(client, corner()), 429)
+        refused = explain(client, corner())
+        problem(refused, 429)
+        assert refused.headers["retry-after"] == "2"  # what an explanation may take
         drawn.set()
         assert asked.result().content == b"picture"
     assert "mixer_queue_depth 0.0" in client.get("/metrics").text

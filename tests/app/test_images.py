@@ -448,3 +448,5 @@ def test_large_profile_of_a_png() -> None:
     for file_format in ("PNG", "JPEG"):
         upload = encode(picture, file_format, icc_profile=profile)
         assert decode(upload, as_is(16), PIXELS).format == file_format
+    with pytest.raises(CorruptImage, match="too large"):
+        decode(encode(picture, "PNG", icc_profile=bytes(9 * 2**20)), as_is(16), PIXELS)

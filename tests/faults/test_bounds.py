@@ -260,7 +260,7 @@ def test_form_of_little_content(fake: Start, figure: Figure, path: str, body: by
             f"{len(body) / 2**20:.0f} MiB: {answer.status} after {time.monotonic() - start:.2f} s, "
             f"memory grew by {server.resident_mib() - before:.0f} MiB"
         )
-        assert answer.status == 400
+        assert answer.status in (400, 413)  # the latter where there are parts without end
         assert probe.status == 200
         assert server.cpu_s() - cpu < 0.5
         assert server.resident_mib() - before < 64

@@ -169,7 +169,7 @@ def test_what_is_read_in_turns_means_the_same(fake: Start, size: int) -> None:
 @pytest.mark.parametrize("size", [100, 300_000])
 def test_what_comes_while_a_turn_is_waited_for(tmp_path: Path, slice_bytes: int, size: int) -> None:
     """However little is read in a turn, a body is read in the order in which it came."""
-    image = noise(100 if slice_bytes == 1 else 700)
+    image = noise(30 if slice_bytes == 1 else 700)  # each turn is a round of the event loop
     observed = {"module": "tests.faults.observed", "OBSERVED_SLICE_BYTES": str(slice_bytes)}
     with serving(tmp_path / "log", OBSERVED_BATCH_MS="0", **observed) as server:
         for _ in range(3):

@@ -416,7 +416,14 @@ def test_state_of_any_name(tmp_path: Path) -> None:
     """The one state in a file is taken, whatever it is called; of two unknown ones none is."""
     plain = tensors.read(FIXTURES / "timm_mixer_tiny" / "pytorch_model.bin")
     torch.save({"net": plain, "acc": 0.8, "optimizer": {"state": {}}}, tmp_path / "net.pth")
+    found = tensors.weights(tmp_path / "net.pth")
+    assert found.tensors.keys() == plain.keys()
+    assert found.state == "net"  # as the report shows
+    torch.save({"state_dict": {}, "net": plain}, tmp_path / "net.pth")
     assert tensors.read(tmp_path / "net.pth").keys() == plain.keys()
+    torch.save({**plain, "teacher": plain}, tmp_path / "two.pth")
+    with pytest.raises(ExportError, match="teacher is no tensor"):
+        tensors.read(tmp_path / "two.pth")
     torch.save({"net": plain, "other": plain}, tmp_path / "two.pth")
     with pytest.raises(ExportError, match=r"net is no tensor: .*; save the model's state_dict\(\)"):
         tensors.read(tmp_path / "two.pth")
