@@ -333,7 +333,7 @@ def test_documents_of_clients_that_left(monkeypatch: pytest.MonkeyPatch) -> None
             request = Request({"type": "http"}, hang_up)
             with pytest.raises(ClientDisconnect):
                 await documents.read_alone(request, Settings(), budget, parse)
-        held = [found for found in gc.get_objects() if isinstance(found, Body)]
+        held = [found for found in gc.get_objects() if type(found) is Body]
         turn.set()
         assert held == []
 
