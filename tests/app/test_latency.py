@@ -129,7 +129,12 @@ def test_sizes_that_nobody_measures_come_down(monkeypatch: pytest.MonkeyPatch) -
     for _ in range(20):
         for images in (1, 8, MAX_BATCH):
             table.observe_batch(images, 0.4)
-    assert table.inference_s(MAX_BATCH) > 0.35
+    spell_s = table.inference_s(MAX_BATCH)
+    assert spell_s > 0.35
+    for _ in range(4):
+        now += 0.2
+        table.observe_batch(1, 0.02)
+        assert table.inference_s(MAX_BATCH) == spell_s, "it has been measured within a second"
     for _ in range(100):
         now += 0.2
         table.observe_batch(1, 0.02)
