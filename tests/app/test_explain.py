@@ -208,6 +208,7 @@ def test_overlay_that_is_not_drawn_in_time(
     monkeypatch.setattr("app.explain._overlay", lambda *_: drawn.wait(20) and b"")
     headers = {"Accept": "image/png", "X-Request-Timeout-Ms": "500"}
     answer = client.post("/explain", content=corner(), headers=headers)
+    problem(explain(client, corner()), 429)  # a thread still draws
     drawn.set()
     assert "not drawn in time" in problem(answer, 504)["detail"]
 

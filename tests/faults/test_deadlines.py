@@ -143,3 +143,6 @@ def test_long_deadline(fake: Start, value: str) -> None:
         assert one(server.url, post(make_image(), X_Request_Timeout_Ms=value)).status == 504
     with fake() as server:
         assert one(server.url, post(make_image(), X_Request_Timeout_Ms=value)).status == 200
+    with fake(batch_ms=400) as server:  # zeros ahead are no digits
+        hurried = post(make_image(), X_Request_Timeout_Ms="0" * 30 + "100")
+        assert one(server.url, hurried).status == 504
