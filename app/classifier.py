@@ -1,22 +1,19 @@
 """The way of an image after its upload: decoded in one of a few processes, batched, inferred."""
 
 import asyncio
-import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from app.admission import Admission
-from app.batcher import PROBE_PERIOD_S, Batcher
-from app.cpus import DECODING_NICE, give_way
+from app.batcher import Batcher
+from app.decode_queue import DecodeQueue
 from app.decoder import Task
 from app.decoders import Decoders
 from app.engine import Engine
@@ -28,8 +25,6 @@ from app.metrics import Metrics
 from app.pulse import FAILURES_UNTIL_NOT_LIVE, FAILURES_UNTIL_NOT_READY
 from app.settings import Settings
 from app.trace import Trace, current
-
-logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
@@ -66,15 +61,7 @@ class Classifier:
             max_bytes=settings.max_upload_bytes,
         )
         self._decoders = Decoders(settings.decode_threads, task)
-        # Each thread waits for a decoder; none does any work to speak of. An executor would make a
-        # future with a lock for each image, on the event loop.
-        self._work: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._serve, name="mixer-decode", daemon=True)
-            for _ in range(settings.decode_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._queue = DecodeQueue(self._decoders, settings.decode_threads)
         self._batcher = Batcher(engine, settings.max_batch, latency, metrics)
 
     @property
@@ -119,7 +106,7 @@ class Classifier:
     def submit(self, upload: bytes, request_id: str) -> Entry:
         """Send one admitted upload on its way; `collect` it when its future is done."""
         entry = Entry(upload, self._loop.create_future(), request_id=request_id)
-        self._work.put(partial(self._decode, entry))
+        self._queue.put(partial(self._decode, entry))
         return entry
 
     def collect(
@@ -175,7 +162,7 @@ class Classifier:
             finally:
                 self._loop.call_soon_threadsafe(self._end_work)
 
-        self._work.put(run)
+        self._queue.put(run)
         return await asyncio.wrap_future(done)
 
     def _end_work(self) -> None:
@@ -184,31 +171,9 @@ class Classifier:
 
     async def close(self) -> None:
         """Answer what was admitted, then end the threads."""
-        self._work.put(None)
-        for thread in self._threads:
-            await asyncio.to_thread(thread.join)
+        await asyncio.to_thread(self._queue.close)
         self._decoders.close()
         await asyncio.to_thread(self._batcher.close)
-
-    def _serve(self) -> None:
-        """Do what comes until the mark of the end does."""
-        give_way(DECODING_NICE)
-        while (work := self._next()) is not None:
-            try:
-                work()
-            except Exception:  # else the thread would end, and its decoder never be used again
-                logger.exception("a bug beside a decoder")
-            del work  # it may hold an upload until the next one comes
-        self._work.put(None)  # for the next thread
-
-    def _next(self) -> Callable[[], object] | None:
-        """Wait for work; meanwhile look for decoders, if there were none too often to get any."""
-        while self._decoders.failures >= FAILURES_UNTIL_NOT_READY:
-            try:
-                return self._work.get(timeout=PROBE_PERIOD_S)
-            except Empty:
-                self._decoders.probe()
-        return self._work.get()
 
     def _decode(self, entry: Entry) -> None:
         """Have one upload decoded, and queue it; runs in a thread that waits for decoders."""
