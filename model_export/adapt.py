@@ -73,12 +73,9 @@ def adapt(source: str, data: Path, output: Path, name: str | None) -> Adapted:
         raise ExportError(f"-o {output}: expected a file that ends in .onnx")
     if not output.parent.is_dir():
         raise ExportError(f"{output}: its folder does not exist")
-    if "/" in (name or output.stem):
-        raise ExportError(
-            f"--name {name}: expected no /, since the name is a part of the API's paths"
-        )
+    labels.check_name(name or output.stem)
     listing = dataset.find(data)
-    labels.check((name or output.stem, *listing.classes))
+    labels.check(listing.classes)
     with _exported(source) as path:
         base = _open(path)
         card, golden = read_metadata({p.key: p.value for p in base.metadata_props})

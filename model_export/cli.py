@@ -46,10 +46,7 @@ def _convert(options: argparse.Namespace) -> None:
         )
     steps = 4 if options.precision == "fp32" else 7
     name = options.name or output.stem
-    if "/" in name:
-        raise ExportError(
-            f"--name {name}: expected no /, since the name is a part of the API's paths"
-        )
+    labels.check_name(name)
     with tqdm(total=steps, leave=False, disable=None, bar_format="{desc} {bar} {n}/{total}") as bar:
 
         def step(what: str) -> None:

@@ -75,6 +75,19 @@ def in_order(names: object) -> list[str] | None:
     return None
 
 
+def check_name(name: str) -> None:
+    """Look at what a model is to be called.
+
+    Raises:
+        ExportError: it could not be in an answer, or in a path.
+    """
+    if "/" in name:
+        raise ExportError(
+            f"--name {name}: expected no /, since the name is a part of the API's paths"
+        )
+    check((name,))
+
+
 def check(texts: Iterable[str]) -> None:
     """Look through labels and names that are to stand in answers, on terminals and in logs.
 
