@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
+from app import quirks
 from app.cost import Upload, check_cost, check_pixels, check_scans, check_webp_canvas
 from app.errors import CorruptImage, EmptyBody, Problem, TooManyPixels, UnsupportedFormat
 from app.geometry import SIDEWAYS, Box, Geometry, frame_of, geometry
@@ -34,8 +35,6 @@ _UPRIGHT = {
 # What a PNG's profile or text may unpack to. Pillow's own limit of 1 MiB refuses sound pictures
 # whose profile is a large table, as monitors' and printers' are.
 PngImagePlugin.MAX_TEXT_CHUNK = 8 * 2**20
-# Taller than this many widths, a whole resize would make more rows than it is worth.
-_MAX_WIDTHS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,23 +112,10 @@ def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     check_webp_canvas(data, max_pixels)
     image = Image.open(Upload(data), formats=FORMATS)
     check_cost(image, data, max_pixels)  # before draft(), which rewrites the size
+    quirks.mend_header(image, data)
     if image.format not in ("JPEG", "MPO"):
-        image.load()  # PNG may hold its orientation after the pixels
-    if image.format == "PNG" and "transparency" in image.info:
-        image.info["transparency"] = _transparent(image.info["transparency"], *data[24:26])
+        quirks.load(image, data)  # PNG may hold its orientation after the pixels
     return image
-
-
-def _transparent(samples: object, depth: int, color: int) -> object:
-    """Return which color a PNG has transparent, where Pillow scales the pixels to 8 bits only.
-
-    Of 16 bits the upper 8 are compared, since no others are left. PNG, 11.3.2.1.
-    """
-    if isinstance(samples, int) and color == 0 and depth in (2, 4):
-        return samples % 2**depth * 255 // (2**depth - 1)
-    if isinstance(samples, tuple) and depth == 16:
-        return tuple(sample >> 8 for sample in samples)
-    return samples
 
 
 def _smallest(width: int, height: int, turn: int, preprocessing: Preprocessing) -> tuple[int, int]:
@@ -149,28 +135,33 @@ def _orientation(image: Image.Image) -> int:
 def _sample(
     image: Image.Image, frame: Box, crop: Geometry, preprocessing: Preprocessing
 ) -> Image.Image:
-    """Crop and resize in one pass: only what the model sees of the picture in `frame` is sampled.
+    """Crop and resize: only what the model sees of the picture in `frame` is sampled.
 
-    Pillow squeezes some images vertically first, which clips a bicubic's overshoot elsewhere. Like
-    torchvision's whole resize, a picture is to be squeezed horizontally first unless it is more
-    than twice as tall as wide. Without the rows that no sample reaches it is; and what is taller is
-    resized whole.
+    One direction after the other, in the order in which Pillow would resize the whole picture, as
+    torchvision has it do: a bicubic's overshoot is clipped in between.
     """
     side, kernel = preprocessing.image_size, Image.Resampling[preprocessing.interpolation.upper()]
-    x, y, width, height = frame[0], frame[1], frame[2] - frame[0], frame[3] - frame[1]
-    if 2 * width < height <= _MAX_WIDTHS * width and preprocessing.resize == "crop":
-        whole = image.resize(crop.scaled, kernel, box=frame)
-        column, row = crop.offset
-        return whole.crop((column, row, column + side, row + side))
+    width, height = frame[2] - frame[0], frame[3] - frame[1]
     box = crop.box(width, height, side)
-    left, top, right, bottom = x + box[0], y + box[1], x + box[2], y + box[3]
-    reach = 3 * max(1.0, (bottom - top) / side) + 1  # Lanczos, the widest, looks 3 samples around
-    first, last = max(0, int(top - reach)), min(image.height, int(bottom + reach) + 1)
-    if last - first < image.height:  # a crop is a copy
+    left, right = frame[0] + box[0], frame[0] + box[2]
+    top, bottom = frame[1] + box[1], frame[1] + box[3]
+    if 0 < height - crop.scaled[1] > 2 * (width - crop.scaled[0]):
+        first, last = _reached(left, right, side, image.width)
+        if last - first < image.width:  # a crop is a copy
+            image = image.crop((first, 0, last, image.height))
+        flat = image.resize((image.width, side), kernel, box=(0, top, image.width, bottom))
+        return flat.resize((side, side), kernel, box=(left - first, 0, right - first, side))
+    first, last = _reached(top, bottom, side, image.height)
+    if last - first < image.height:
         image = image.crop((0, first, image.width, last))
-    return image.resize(
-        (side, side), kernel, box=(left, top - first, right, min(bottom - first, last - first))
-    )
+    slim = image.resize((side, image.height), kernel, box=(left, 0, right, image.height))
+    return slim.resize((side, side), kernel, box=(0, top - first, side, bottom - first))
+
+
+def _reached(start: float, end: float, side: int, length: int) -> tuple[int, int]:
+    """Return from where to where `side` samples between `start` and `end` look."""
+    reach = 3 * max(1.0, (end - start) / side) + 1  # Lanczos, the widest, looks 3 samples around
+    return max(0, int(start - reach)), min(length, int(end + reach) + 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

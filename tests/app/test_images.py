@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
@@ -103,7 +103,7 @@ def test_box_lies_inside_any_image(
 @pytest.mark.parametrize("size", [(300, 200), (200, 301), (97, 97), (641, 480), (40, 500)])
 @pytest.mark.parametrize("crop", [0.875, 1.0, 0.9])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_one_pass_equals_resize_then_crop(
+def test_sampling_equals_resize_then_crop(
     size: tuple[int, int], crop: float, interpolation: str
 ) -> None:
     """Sampling the crop directly gives the pixels of torchvision's Resize and CenterCrop."""
@@ -130,6 +130,39 @@ def test_one_pass_equals_resize_then_crop(
     difference = np.abs(found.astype(int) - expected.astype(int))
     assert difference.max() <= 2  # a rounding in the first pass, sharpened by the second
     assert (difference > 1).mean() < 0.001
+
+
+@given(
+    st.integers(1, 150),
+    st.integers(1, 300),
+    st.integers(8, 96),
+    st.sampled_from([0.5, 0.875, 0.99, 1.0]),
+    st.sampled_from(["bilinear", "hamming", "bicubic", "lanczos"]),
+    st.sampled_from(["crop", "squash"]),
+)
+@example(65, 85, 64, 1.0, "bicubic", "crop")  # Pillow squeezes what is left the other way first
+@example(16, 44, 224, 0.875, "lanczos", "crop")  # samples look beyond the box
+def test_hard_edges(
+    width: int, height: int, side: int, crop: float, interpolation: str, resize: str
+) -> None:
+    """Noise in black and white, too, becomes what Pillow makes of it by resizing it whole."""
+    preprocessing = Preprocessing.model_validate(
+        {
+            "image_size": side,
+            "patch_size": side,
+            "crop_fraction": crop,
+            "interpolation": interpolation,
+            "resize": resize,
+        }
+    )
+    noise = np.random.default_rng(0).integers(0, 2, (height, width, 3), np.uint8) * 255
+    image = Image.fromarray(noise)
+    whole = geometry(width, height, preprocessing)
+    left, top = whole.offset
+    resized = image.resize(whole.scaled, Image.Resampling[interpolation.upper()])
+    expected = np.asarray(resized.crop((left, top, left + side, top + side)))
+    found = decode(encode(image), preprocessing, PIXELS).patches.reshape(side, side, 3)
+    assert np.abs(found.astype(int) - expected).max() <= 2
 
 
 def test_squash_ignores_the_aspect_ratio() -> None:
