@@ -16,10 +16,10 @@ from starlette.datastructures import Headers
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import NotReady
+from app.errors import Fault, NotReady
 from app.logs import write_request
 from app.metrics import Metrics
-from app.routes.problems import answer_to, problem_response
+from app.routes.problems import CLIENT_GONE, GONE, answer_to
 from app.spans import Spans
 from app.trace import Trace, begin
 
@@ -43,8 +43,6 @@ _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii")
     for status in HTTPStatus
 }
-CLIENT_GONE = 499  # nginx's word for it
-FAULT = "The service has a fault; its log has the details."
 
 logger = logging.getLogger(__name__)
 
@@ -103,12 +101,10 @@ class Access:
             logger.exception("a bug, answered with 500")
             if status:
                 raise  # the answer is under way: the server cuts the connection
-            trace.problem = "internal-server-error"
-            answer = problem_response(500, FAULT)
-            await answer(scope, receive, send_marked)
+            await answer_to(scope, Fault())(scope, receive, send_marked)
         finally:
             if not status:
-                trace.problem = "client-gone"
+                trace.problem = GONE
             method, route, status = scope["method"], self._route(scope), status or CLIENT_GONE
             report(self._metrics, trace, method, route, status)
             if self._spans is not None:

@@ -219,7 +219,7 @@ class BodyBudget:
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
-        self.taken = 0
+        self._taken = 0
 
     def cover(self, size: int) -> None:
         """Take as many more bytes as a body of `size` needs.
@@ -227,10 +227,10 @@ class BodyBudget:
         Raises:
             QueueFull: all bodies together would be over the limit.
         """
-        if size > self.taken:
-            self._admission.take_bytes(size - self.taken)
-            self.taken = size
+        if size > self._taken:
+            self._admission.take_bytes(size - self._taken)
+            self._taken = size
 
     def close(self) -> None:
         """Give them all back."""
-        self._admission.body_bytes -= self.taken
+        self._admission.body_bytes -= self._taken

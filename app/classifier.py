@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from app.admission import Admission
 from app.batcher import Batcher
 from app.decode_queue import DecodeQueue
-from app.decoder import Task
-from app.decoders import Decoders
+from app.decoders import Decoders, task_of
 from app.engine import Engine
 from app.entry import Entry
 from app.errors import DeadlineExceeded, Problem
@@ -54,13 +53,10 @@ class Classifier:
         self._admission = admission
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
-        self.works = 0  # of `in_decoder`, those included that nobody waits for any more
-        task = Task(
-            preprocessing=engine.card.preprocessing,
-            max_pixels=settings.max_pixels,
-            max_bytes=settings.max_upload_bytes,
+        self.work_in_decoders = 0  # of `in_decoder`, those included that nobody waits for any more
+        self._decoders = Decoders(
+            settings.decode_threads, task_of(engine.card.preprocessing, settings)
         )
-        self._decoders = Decoders(settings.decode_threads, task)
         self._queue = DecodeQueue(self._decoders, settings.decode_threads)
         self._batcher = Batcher(engine, settings.max_batch, latency, metrics)
 
@@ -125,16 +121,14 @@ class Classifier:
             DeadlineExceeded: the engine had no spare time before `deadline`.
             InferenceFailed: the engine failed.
         """
-        entries = [Entry(b"", self._loop.create_future(), is_spare=True) for _ in pictures]
-        for entry, picture in zip(entries, pictures, strict=True):
-            entry.picture = picture
-            self._batcher.put(entry)
+        entries = [self._spare(picture) for picture in pictures]
+        del pictures  # an error's traceback would hold them
         futures = [entry.future for entry in entries]
         try:
             await asyncio.wait(futures, timeout=deadline - time.monotonic())
         finally:
-            for future in futures:
-                future.cancel()
+            for entry in entries:
+                entry.release()
         if any(future.cancelled() for future in futures):
             raise DeadlineExceeded("The service had no time to spare for an explanation.")
         results = [future.result() for future in futures]
@@ -142,6 +136,12 @@ class Classifier:
             if isinstance(result, Exception):
                 raise result
         return [result for result in results if not isinstance(result, Exception)]
+
+    def _spare(self, picture: Picture) -> Entry:
+        entry = Entry(b"", self._loop.create_future(), is_spare=True)
+        entry.picture = picture
+        self._batcher.put(entry)
+        return entry
 
     async def in_decoder(self, work: Callable[[], Answer], deadline: float) -> Answer:
         """Run `work`, as long as decoding an image, in one of the threads that wait for decoders.
@@ -151,7 +151,7 @@ class Classifier:
         """
         done: Future[Answer] = Future()
         self._admission.admit(1, deadline)
-        self.works += 1
+        self.work_in_decoders += 1
 
         def run() -> None:
             try:
@@ -166,7 +166,7 @@ class Classifier:
         return await asyncio.wrap_future(done)
 
     def _end_work(self) -> None:
-        self.works -= 1
+        self.work_in_decoders -= 1
         self._admission.dismiss(1)
 
     async def close(self) -> None:
@@ -192,7 +192,8 @@ class Classifier:
             self._loop.call_soon_threadsafe(entry.fail, error)
         else:
             entry.decoded = time.perf_counter()
-            self._batcher.put(entry)
+            if entry.is_alive():  # else its picture may have been let go before it was there
+                self._batcher.put(entry)
         self._latency.observe_decode(time.perf_counter() - entry.decoding)
 
     def _report(self, entries: Sequence[Entry], predicted_s: float, trace: Trace | None) -> None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from app.errors import first_line
+
 if TYPE_CHECKING:
     import onnxruntime
 
@@ -175,7 +177,7 @@ def _load_libraries(*, tensorrt: bool) -> None:
 
 def reason(error: Exception) -> str:
     """Return what of an error of ONNX Runtime's is for people, in one line."""
-    line = str(error).strip().partition("\n")[0]
+    line = first_line(error)
     if "no kernel image" in line:  # error 209: its wheels hold code for some architectures, no PTX
         return "this onnxruntime has no code for a GPU of this architecture"
     # Around CUDA's own words, and the arena's, are functions, files and the host's name.

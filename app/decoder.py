@@ -43,7 +43,7 @@ class Task(BaseModel):
     max_bytes: int  # of an upload
 
 
-class Refusal(BaseModel):
+class Found(BaseModel):
     """The problem that an upload turned out to be."""
 
     name: str  # of the class
@@ -110,8 +110,8 @@ def serve(link: socket.socket) -> None:
         try:
             picture = decode(message, task.preprocessing, task.max_pixels)
         except Problem as problem:
-            refusal = Refusal(name=type(problem).__name__, detail=problem.detail)
-            head, body = (PROBLEM, 0, 0, 0), refusal.model_dump_json().encode()
+            found = Found(name=type(problem).__name__, detail=problem.detail)
+            head, body = (PROBLEM, 0, 0, 0), found.model_dump_json().encode()
         except Exception:
             head, body = (BUG, 0, 0, 0), traceback.format_exc().encode()
         else:
@@ -156,14 +156,20 @@ def receive(link: socket.socket) -> bytes | None:
         BlockingIOError: nothing came within the socket's time, if it has any.
     """
     try:
-        head = link.recv(SIZE.size, socket.MSG_WAITALL)
-        if len(head) < SIZE.size:
-            return None
-        [size] = SIZE.unpack(head)
-        message = link.recv(size, socket.MSG_WAITALL) if size else b""
+        head = _receive(link, SIZE.size)
+        return head and _receive(link, SIZE.unpack(head)[0])
     except ConnectionError:
         return None
-    return message if len(message) == size else None
+
+
+def _receive(link: socket.socket, size: int) -> bytes | None:
+    message = b""
+    while len(message) < size:  # a process that is stopped and goes on gets less
+        piece = link.recv(size - len(message), socket.MSG_WAITALL)
+        if not piece:
+            return None
+        message += piece
+    return message
 
 
 if __name__ == "__main__":

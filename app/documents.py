@@ -111,10 +111,11 @@ async def read_document(
     """Return a JSON body as a `kind`, and until when its request must be answered.
 
     Raises:
-        EmptyBody, BodyTooLarge, BodyTimeout, DeadlineExceeded, QueueFull: as for every body.
+        EmptyBody: nothing came.
+        BodyTooLarge, BodyTimeout, DeadlineExceeded, UnsupportedFormat, QueueFull, ClientDisconnect:
+            as for every body.
         MalformedJson: not JSON.
-        InvalidParameter: not a `kind`; the detail names the member.
-        ClientDisconnect: the client has gone.
+        InvalidParameter: not a `kind`, the detail names the member; or a header out of range.
     """
     parse = partial(parse_document, kind=kind)
     return await read_alone(request, settings, budget, parse)
@@ -126,9 +127,10 @@ async def read_alone(
     """Return what `parse` makes of a body off the event loop, and the request's deadline.
 
     Raises:
-        EmptyBody, BodyTooLarge, BodyTimeout, QueueFull: as for every body.
+        EmptyBody: nothing came.
+        BodyTooLarge, BodyTimeout, UnsupportedFormat, InvalidParameter, QueueFull, ClientDisconnect:
+            as for every body.
         DeadlineExceeded: its time ran out, maybe behind the documents of others.
-        ClientDisconnect: the client has gone.
     """
     body, deadline = await read_body(request, settings, budget)
     wanted = [body]  # the executor keeps what was cancelled until its turn would have come

@@ -61,9 +61,10 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; a second signal ends the process at once."""
-        if not self.started or self._stop_at < math.inf:
+        if self._stop_at < math.inf:
             os._exit(128 + sig)  # as a shell reports it; threads and clients are given up
-        self._app.state.service.draining = True
+        if self.started:
+            self._app.state.service.draining = True
         # Ctrl+C comes from a person at a terminal: no balancer is to be waited for.
         delay_s = 0.0 if sig == signal.SIGINT else self._drain_delay_s
         self._stop_at = time.monotonic() + delay_s
@@ -72,6 +73,8 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Stop when the drain delay is over; uvicorn asks ten times a second."""
+        if self._stop_at < math.inf:  # the signal may have come as the service began
+            self._app.state.service.draining = True
         self.should_exit = self.should_exit or time.monotonic() >= self._stop_at
         return await super().on_tick(counter)
 

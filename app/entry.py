@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,12 @@ class Entry:
             self.future.set_result(error)
 
     def release(self) -> None:
-        """Stop waiting: whoever still has the entry in hand drops it."""
+        """Stop waiting: whoever still has the entry in hand drops it.
+
+        It may stay in the queue for long, if the engine hangs; its bytes do not.
+        """
         self.upload = b""
-        self.future.cancel()
+        if self.future.cancel() and hasattr(self, "picture"):
+            # An engine's thread may be about to stack it with others: it must keep its shape.
+            nothing = np.broadcast_to(np.uint8(0), self.picture.patches.shape)
+            self.picture = replace(self.picture, patches=nothing)

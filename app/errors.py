@@ -1,4 +1,4 @@
-"""What can go wrong above the protocol, drawn once: exception, status, title.
+"""What answers a request with a problem, or stops start-up, drawn once: exception, status, when.
 
     StartupError                          stops start-up: one line, exit code 1
     Problem                               answers a request as RFC 9457 problem+json
@@ -18,8 +18,9 @@
     ├── QueueFull                 429     retry here, after Retry-After
     ├── InferenceFailed           500     the engine raised, or gave NaN
     ├── DecoderLost               500     the process that decoded the image has crashed
-    │   └── NoDecoder                     there is none that could be asked
+    ├── Fault                     500     a bug of ours
     ├── NotReady                  503     draining or broken: retry elsewhere
+    │   └── NoDecoder                     no process that decodes can be had
     └── DeadlineExceeded          504     the request's time ran out
 
 The class says what the client may know (`detail`); what only the operator may know goes to the log.
@@ -27,6 +28,7 @@ The class says what the client may know (`detail`); what only the operator may k
 
 from collections.abc import Mapping
 from functools import lru_cache
+from http import HTTPStatus
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -206,6 +208,16 @@ class DecoderLost(Problem):
     title = "Decoding failed"
 
 
+class Fault(Problem):
+    """A bug of ours."""
+
+    status = 500
+    title = HTTPStatus.INTERNAL_SERVER_ERROR.phrase
+
+    def __init__(self) -> None:
+        super().__init__("The service has a fault; its log has the details.")
+
+
 class NotReady(Problem):
     """This replica is draining or broken; another one can answer."""
 
@@ -213,11 +225,20 @@ class NotReady(Problem):
     title = "Not ready"
 
 
+class NoDecoder(NotReady):
+    """No process that decodes can be had; an upload is still to be decoded."""
+
+
 class DeadlineExceeded(Problem):
     """The request's time ran out: in its body, in a queue, or before its answer."""
 
     status = 504
     title = "Deadline exceeded"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what a library says, which as a rule is what has happened."""
+    return str(error).strip().partition("\n")[0]
 
 
 @lru_cache(maxsize=64)

@@ -19,7 +19,7 @@ from PIL import Image
 from app.batcher import SPARE_BATCH_S
 from app.classifier import Classifier
 from app.decoder import Task
-from app.decoders import Decoder
+from app.decoder_link import DecoderLink
 from app.errors import DeadlineExceeded, Problem, QueueFull
 from app.images import Picture
 from app.latency import LatencyTable
@@ -112,7 +112,7 @@ class Explainer:
         Raises:
             QueueFull: another explanation runs, or requests would wait for this one.
         """
-        if self._running or self._classifier.works:
+        if self._running or self._classifier.work_in_decoders:
             raise QueueFull("Another explanation is under way.", math.ceil(BUDGET_S), "explaining")
         wait_s = self._latency.wait_s(waiting)
         if wait_s > BUSY_S:
@@ -171,7 +171,7 @@ def _overlay(
     scale = -(-OVERLAY_SIDE // preprocessing.image_size)
     large = preprocessing.model_copy(update={"image_size": preprocessing.image_size * scale})
     task = Task(preprocessing=large, max_pixels=max_pixels, max_bytes=len(upload))
-    with closing(Decoder(task)) as decoder:
+    with closing(DecoderLink(task)) as decoder:
         view = _unpatchify(decoder.decode(upload).patches, large)
     heat = np.clip(explanation.importance, 0, None)
     # The square root brings out what matters second most, as the eye expects of a picture.

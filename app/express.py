@@ -9,18 +9,18 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from http import HTTPStatus
 from typing import ClassVar, TypeVarTuple
 
 from pydantic_core import to_json
 
-from app.access import CLIENT_GONE, FAULT, answer, report
+from app.access import answer, report
 from app.admission import BodyBudget
 from app.clock import Clock
 from app.entry import Entry
-from app.errors import PROBLEM_JSON, BodyTooLarge, DeadlineExceeded, NotReady, Problem
+from app.errors import PROBLEM_JSON, BodyTooLarge, DeadlineExceeded, Fault, NotReady, Problem
 from app.forms import Form, RawBody
 from app.routes.classify import checked_top_k, classification
+from app.routes.problems import CLIENT_GONE, GONE
 from app.service import Service
 from app.trace import new_trace
 from app.uploads import LATE_BODY, TIMEOUT_HEADER, deadline_after, image_reader, is_longer
@@ -183,7 +183,7 @@ class Express:
         if self._is_in:
             self._service.admission.leave()
         if status == CLIENT_GONE:
-            self._trace.problem = "client-gone"
+            self._trace.problem = GONE
         on_response, self._on_response = self._on_response, _nothing  # which knows us: a cycle
         try:
             report(self._service.metrics, self._trace, "POST", PATH, status)
@@ -200,7 +200,7 @@ class Express:
             self.fail(problem)
         except Exception:
             logger.exception("a bug, answered with 500")
-            self.fail(_Fault(FAULT))
+            self.fail(Fault())
 
     def _field(self, name: bytes) -> str:
         return self._fields.get(name, b"").decode("latin-1")
@@ -208,10 +208,3 @@ class Express:
 
 def _nothing() -> None:
     """Stand for a call that has been made."""
-
-
-class _Fault(Problem):
-    """A bug of ours."""
-
-    status = 500
-    title = HTTPStatus.INTERNAL_SERVER_ERROR.phrase

@@ -28,8 +28,8 @@ RELAX_S = 0.1  # between two looks at which sizes those are
 class LatencyTable:
     """Seconds per batch size and per decoded image; written by the threads, read by the loop.
 
-    Values are replaced whole, and a measurement lost between two threads does not matter,
-    so there is nothing to lock.
+    `observe_batch` is for one thread at a time, which the batcher's lock sees to. What the loop
+    reads is replaced whole, and a decode's measurement lost between two threads does not matter.
     """
 
     def __init__(self, max_batch: int, decode_threads: int, batches_at_once: int = 1) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 
 from fastapi import FastAPI
 
@@ -86,7 +87,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     app = FastAPI(
         title="Mixer Serve",
         summary="Classifies images with a trained MLP-Mixer.",
-        version="0.1.0",
+        version=version("mixer-serve"),
         lifespan=lifespan,
         openapi_url=None,  # pages.py serves all three, and renders the first once
         docs_url=None,  # without a foreign host

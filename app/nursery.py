@@ -39,6 +39,7 @@ class Nursery:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._orphaned: list[int] = []  # groups of processes whose first one has ended
         self._start()
         atexit.register(self._end)
 
@@ -56,12 +57,13 @@ class Nursery:
         with self._lock, theirs:
             if self._process.poll() is not None:
                 self._control.close()
-                self._start()
+                self._start_again()
+            self._reap()
             try:
                 socket.send_fds(self._control, [b"1"], [theirs.fileno()])
             except OSError:  # it has just ended, together with the decoder that is missed
                 self._end()
-                self._start()
+                self._start_again()
                 socket.send_fds(self._control, [b"1"], [theirs.fileno()])
         return ours
 
@@ -73,7 +75,7 @@ class Nursery:
                 self._process.kill()
                 with suppress(subprocess.TimeoutExpired):  # nothing ends what waits for a lost disk
                     self._process.wait(_LAST_WORD_S)
-                self._start()
+                self._start_again()
 
     def _start(self) -> None:
         self._started = time.monotonic()
@@ -88,6 +90,22 @@ class Nursery:
                 pass_fds=[theirs.fileno()],
                 process_group=0,  # a terminal's Ctrl+C is for the service alone
             )
+
+    def _start_again(self) -> None:
+        self._orphaned.append(self._process.pid)
+        self._start()
+
+    def _reap(self) -> None:
+        """Take leave of decoders that have ended after the process that forked them.
+
+        In a container they are ours then, as everything that process 1 has not started.
+        """
+        for group in tuple(self._orphaned):
+            try:
+                while os.waitpid(-group, os.WNOHANG)[0]:
+                    pass
+            except ChildProcessError:  # none is left, or they are somebody else's
+                self._orphaned.remove(group)
 
     def _end(self) -> None:
         self._control.close()

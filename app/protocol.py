@@ -67,7 +67,7 @@ class BoundedProtocol(HttpToolsProtocol):
     """One connection; `bounded(settings, app)` makes the class that uvicorn instantiates."""
 
     settings: ClassVar[Settings]
-    served: ClassVar[FastAPI]
+    application: ClassVar[FastAPI]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -87,9 +87,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._owed = 0  # bytes of this message's body that go past the parser
         self._express: Express | None = None  # the request that is served without ASGI
         self._before = self.cycle  # the request before the last
-        self._served = self.cycle  # the one whose answer is next; others may be sent ahead
+        self._answering = self.cycle  # the one whose answer is next; others may be sent ahead
         self._farewell: Farewell
-        self._service: Service = self.served.state.service
+        self._service: Service = self.application.state.service
         self._backlog = Backlog(self._service.turns, self._read_on)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
@@ -120,10 +120,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._patience.end()
         self._writing.end()
         super().connection_lost(exc)
-        if self._served is not None and not self._served.response_complete:
+        if self._answering is not None and not self._answering.response_complete:
             # uvicorn tells the last one that came only.
-            self._served.disconnected = True
-            self._served.message_event.set()
+            self._answering.disconnected = True
+            self._answering.message_event.set()
 
     def eof_received(self) -> None:
         """Close: half a connection is none. What is unsent has its time, as everywhere."""
@@ -227,7 +227,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._watch = self.loop.call_later(WATCH_S, self._watch_client)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        self._served = cycle
+        self._answering = cycle
         super()._start_asgi_task(cycle, app)
 
     def on_body(self, body: bytes) -> None:
@@ -391,8 +391,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_writing()
 
     def _stop_writing(self) -> None:
-        answering = self._served is not None and not self._served.response_complete
-        if not (self.flow.write_paused or (answering and self._served.response_started)):
+        answering = self._answering is not None and not self._answering.response_complete
+        if not (self.flow.write_paused or (answering and self._answering.response_started)):
             self._writing.stop()
 
     def on_response_complete(self) -> None:
@@ -544,5 +544,5 @@ class BoundedProtocol(HttpToolsProtocol):
 
 def bounded(settings: Settings, app: FastAPI) -> type[BoundedProtocol]:
     """Return the protocol class for these settings; uvicorn instantiates it by itself."""
-    members = {"settings": settings, "served": app}
+    members = {"settings": settings, "application": app}
     return type("ServedProtocol", (BoundedProtocol,), members)

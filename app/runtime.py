@@ -5,7 +5,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from app.errors import StartupError
+from app.errors import StartupError, first_line
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -23,7 +23,7 @@ def cpu_session(path: Path, threads: int) -> "onnxruntime.InferenceSession":
         return runtime().InferenceSession(path, options(threads), providers=[CPU])
     except Exception as error:  # onnxruntime raises a class of its own for each status
         raise StartupError(
-            f"MIXER_MODEL={path}: not a model that onnxruntime can load ({_first_line(error)}); "
+            f"MIXER_MODEL={path}: not a model that onnxruntime can load ({first_line(error)}); "
             "write it with mixer-export convert"
         ) from error
 
@@ -37,10 +37,6 @@ def options(threads: int) -> "onnxruntime.SessionOptions":
     # Threads that spin for work would take the cores from decoding.
     chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return chosen
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def runtime() -> ModuleType:
@@ -58,6 +54,6 @@ def runtime() -> ModuleType:
             "onnxruntime is not installed: pip install '.[cpu]' or '.[gpu]'"
         ) from error
     except ImportError as error:  # no memory left for it, or a library of the system is missing
-        raise StartupError(f"onnxruntime cannot be loaded: {_first_line(error)}") from error
+        raise StartupError(f"onnxruntime cannot be loaded: {first_line(error)}") from error
     module: ModuleType = onnxruntime
     return module

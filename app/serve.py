@@ -11,8 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from app import tune
 from app.cpus import INFERENCE_NICE, give_way
 from app.cuda import GpuOptions
-from app.decoder import Task
-from app.decoders import check_decoders
+from app.decoders import check_decoders, task_of
 from app.draining import DrainingServer
 from app.engine import OnnxEngine
 from app.errors import StartupError
@@ -62,11 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _start_nursery()
         settings = _allow_descriptors(settings)
         engine = _open(settings)
-        task = Task(
-            preprocessing=engine.card.preprocessing,
-            max_pixels=settings.max_pixels,
-            max_bytes=settings.max_upload_bytes,
-        )
+        task = task_of(engine.card.preprocessing, settings)
         check_decoders(settings.decode_threads, task)
         app = create_app(settings, engine)
         _listen(listener, settings)

@@ -63,7 +63,7 @@ def image_reader(content_type: str) -> Form | RawBody:
         MalformedForm: a form without a boundary.
         UnsupportedFormat: a type that holds no image.
     """
-    media_type = content_type.partition(";")[0].strip(" \t").lower()
+    media_type = _media_type(content_type)
     if media_type == FORM:
         return Form(content_type, 1)
     if media_type and media_type != RAW and not media_type.startswith("image/"):
@@ -81,7 +81,7 @@ async def read_image(
 
     Raises:
         EmptyBody, BodyTooLarge, BodyTimeout, DeadlineExceeded, MalformedForm, UnsupportedFormat,
-            QueueFull: as their names say.
+            InvalidParameter, QueueFull, ClientDisconnect: as their names say.
     """
     reader = image_reader(request.headers.get("content-type", ""))
     deadline = await _receive(request, settings, budget, reader)
@@ -94,7 +94,8 @@ async def read_body(
     """Return the whole body, in pieces yet, and the request's deadline.
 
     Raises:
-        BodyTooLarge, BodyTimeout, DeadlineExceeded, QueueFull: as their names say.
+        BodyTooLarge, BodyTimeout, DeadlineExceeded, UnsupportedFormat, InvalidParameter, QueueFull,
+            ClientDisconnect: as their names say.
     """
     body = RawBody()
     return body, await _receive(request, settings, budget, body)
@@ -107,7 +108,7 @@ async def read_images(
 
     Raises:
         EmptyBody, BodyTooLarge, BodyTimeout, DeadlineExceeded, MalformedForm, TooManyImages,
-            UnsupportedFormat, QueueFull: as their names say.
+            UnsupportedFormat, InvalidParameter, QueueFull, ClientDisconnect: as their names say.
     """
     if media_type_of(request) != FORM:
         raise UnsupportedFormat(f"Send the images as {FORM} with repeated field 'files'.")
@@ -145,7 +146,11 @@ async def unless_gone(request: Request, work: Awaitable[Answer]) -> Answer:
 
 def media_type_of(request: Request) -> str:
     """Return the body's media type without its parameters, in lower case."""
-    return request.headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
+    return _media_type(request.headers.get("content-type", ""))
+
+
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip(" \t").lower()
 
 
 async def _receive(

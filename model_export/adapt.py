@@ -13,20 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from tqdm import tqdm
 
 from app.cpus import available_cpus
 from app.engine import OnnxEngine
-from app.errors import StartupError
+from app.errors import first_line
 from app.model_card import Golden, ModelCard, Preprocessing, read_metadata, write_metadata
 from model_export import dataset, decoded, labels, ridge
 from model_export.decoded import Pictures
 from model_export.errors import ExportError
 from model_export.ridge import Head
 from model_export.samples import photo_like
+from model_export.session import open_engine, open_session
 
 FEATURES = "features"
 _BATCH = 32
@@ -99,7 +99,7 @@ def adapt(source: str, data: Path, output: Path, name: str | None) -> Adapted:
     with tempfile.TemporaryDirectory(prefix=".mixer-train-", dir=output.parent) as folder:
         draft = Path(folder) / output.name
         onnx.save(proto, draft)
-        engine = _serve(draft)
+        engine = open_engine(draft)
         accuracy = _left_out_accuracy(head, train.labels)
         measured = (len(test), _accuracy(engine, test, fed)) if len(test) else None
         draft.replace(output)
@@ -131,15 +131,8 @@ def _exported(source: str) -> Iterator[Path]:
 
 
 def _open(path: Path) -> onnx.ModelProto:
-    _serve(path)  # its golden sample proves it sound
+    open_engine(path)  # its golden sample proves it sound
     return onnx.load(path)
-
-
-def _serve(path: Path) -> OnnxEngine:
-    try:
-        return OnnxEngine(path, "cpu", available_cpus())
-    except StartupError as error:
-        raise ExportError(str(error).removeprefix("MIXER_MODEL=")) from error
 
 
 def _trunk(base: onnx.ModelProto, source: str) -> onnx.ModelProto:
@@ -213,18 +206,12 @@ def _card(base: ModelCard, head: Head, labels: tuple[str, ...], name: str) -> Mo
 
 def _run(proto: onnx.ModelProto, output: str, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Run patches uint8 [n, S, P·P·3] in batches: float32 [n, channels or classes]."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # its errors become one line of ours
-    options.intra_op_num_threads = available_cpus()
+    session = open_session(proto.SerializeToString())
+    starts = tqdm(range(0, len(patches), _BATCH), desc=output, leave=False, disable=None)
     try:
-        session = onnxruntime.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        starts = tqdm(range(0, len(patches), _BATCH), desc=output, leave=False, disable=None)
         parts = [session.run([output], {"patches": patches[i : i + _BATCH]})[0] for i in starts]
     except Exception as error:  # onnxruntime raises a class of its own for each status code
-        reason = str(error).strip().partition("\n")[0]
-        raise ExportError(f"onnxruntime cannot run the model ({reason})") from error
+        raise ExportError(f"onnxruntime cannot run the model ({first_line(error)})") from error
     return np.concatenate(parts)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from app.errors import first_line
 from model_export.errors import ExportError
 
 _TRAIN = "train"
@@ -104,8 +105,7 @@ def walk(path: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
     except FileNotFoundError as error:
         raise ExportError(f"{path}: no such folder or tar") from error
     except (tarfile.TarError, lzma.LZMAError, OSError, EOFError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ExportError(f"{path}: not a readable folder or tar ({reason})") from error
+        raise ExportError(f"{path}: not a readable folder or tar ({first_line(error)})") from error
 
 
 def read(path: Path, names: Collection[str]) -> Iterator[tuple[str, bytes]]:

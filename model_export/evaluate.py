@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from app.engine import OnnxEngine
-from app.errors import Problem, StartupError
+from app.errors import Problem
 from app.images import decode
 from app.model_card import ModelCard
 from model_export.errors import ExportError
 from model_export.pictures import MAX_PIXELS, Entry, ImageFolder
+from model_export.session import open_engine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,10 +64,7 @@ def evaluate(model: Path, data: Path, threads: int) -> Evaluation:
     Raises:
         ExportError: the model or the data cannot be read, or their classes do not match.
     """
-    try:
-        engine = OnnxEngine(model, "cpu", threads)
-    except StartupError as error:
-        raise ExportError(str(error).removeprefix("MIXER_MODEL=")) from error
+    engine = open_engine(model)
     pictures = ImageFolder(data)
     labels = engine.card.labels
     indices, by_order = _match(pictures.folders, labels)

@@ -16,6 +16,7 @@ from model_export.checkpoints import Checkpoint
 from model_export.errors import ExportError
 from model_export.mixer import VARIANTS, Mixer, MixerConfig
 from model_export.samples import photo_like
+from model_export.session import open_session
 
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -99,7 +100,7 @@ def export(
             tolerance = _GOLDEN_SHARE["fp32"] * float(np.abs(logits).max())
         else:
             proto, shrunk = _shrink(model, request, proto, step)
-            session = verify.open_session(proto.SerializeToString())
+            session = open_session(proto.SerializeToString())
             logits = verify.logits_of(session, sample)
             # Rounding flips differ between processors, but by no more than rounding itself cost.
             tolerance = max(
@@ -123,11 +124,11 @@ def _shrink(
         pictures = photo_like(_LOSS_PICTURES, request.preprocessing, _LOSS_SEED)
     step("running float32")
     float_bytes = proto.SerializeToString()
-    baseline = verify.open_session(float_bytes)
+    baseline = open_session(float_bytes)
     expected = verify.logits_of(baseline, pictures)
 
     def compare(candidate: onnx.ModelProto, count: int | None) -> verify.Loss:
-        session = verify.open_session(candidate.SerializeToString())
+        session = open_session(candidate.SerializeToString())
         return verify.lose(expected[:count], verify.logits_of(session, pictures[:count]))
 
     step(f"converting to {request.precision}")
@@ -151,7 +152,7 @@ def _shrink(
             request.calibration,
         )
     step("timing")
-    ratio = verify.latency_ratio(baseline, verify.open_session(proto.SerializeToString()), pictures)
+    ratio = verify.latency_ratio(baseline, open_session(proto.SerializeToString()), pictures)
     return proto, Shrunk(loss, len(float_bytes), ratio, tuple(kept))
 
 

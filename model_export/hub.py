@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.errors import first_line
 from model_export.errors import ExportError
 
 PREFIXES = ("hf-hub:", "hf_hub:")  # timm writes both
@@ -39,7 +40,7 @@ def fetch(address: str) -> Snapshot:
         info = HfApi().model_info(repository, revision=revision or None, timeout=_LOOK_UP_SECONDS)
         commit = info.sha
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise ExportError(f"{address}: {_first_line(error)}") from error
+        raise ExportError(f"{address}: {first_line(error)}") from error
     except Exception:  # whatever its HTTP library raises without network: the cache may do
         commit = None
     for name in WEIGHTS:
@@ -48,7 +49,7 @@ def fetch(address: str) -> Snapshot:
         except EntryNotFoundError:
             continue
         except Exception as error:  # the HTTP library's, for a download that broke off
-            raise ExportError(f"{address}: {name}: {_first_line(error)}") from error
+            raise ExportError(f"{address}: {name}: {first_line(error)}") from error
         config = _config(address, repository, revision, commit)
         return Snapshot(weights, config, f"{PREFIXES[0]}{repository}@{weights.parent.name}")
     if commit is None:
@@ -63,7 +64,7 @@ def _config(address: str, repository: str, revision: str, commit: str | None) ->
     try:
         return _file(repository, "config.json", revision, commit)
     except Exception as error:  # not there, or the HTTP library's own
-        raise ExportError(f"{address}: config.json: {_first_line(error)}") from error
+        raise ExportError(f"{address}: config.json: {first_line(error)}") from error
 
 
 def _file(repository: str, name: str, revision: str, commit: str | None) -> Path:
@@ -74,7 +75,3 @@ def _file(repository: str, name: str, revision: str, commit: str | None) -> Path
         repository, name, revision=commit or revision or None, local_files_only=commit is None
     )
     return Path(found)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", maxsplit=1)[0]

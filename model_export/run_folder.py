@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors.torch import save
 
+from app.errors import first_line
 from app.model_card import Preprocessing
 from model_export import timm
 from model_export.errors import ExportError
@@ -68,8 +69,9 @@ class RunFolder:
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-            reason = str(error).strip().split("\n", maxsplit=1)[0]
-            raise ExportError(f"{path}: not a readable training state ({reason})") from error
+            raise ExportError(
+                f"{path}: not a readable training state ({first_line(error)})"
+            ) from error
         if not isinstance(state, dict) or state.get("format") != _FORMAT:
             raise ExportError(f"{path}: not a training state of this version")
         return state

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from app.errors import first_line
 from model_export.errors import ExportError
 
 Tensors = dict[str, Tensor]
@@ -43,7 +44,7 @@ def damage_as_refusal(path: Path, kind: str) -> Iterator[None]:
     except Exception as error:
         # Damage makes the readers raise nearly anything: zlib.error, struct.error, KeyError,
         # UnicodeDecodeError, MemoryError, AttributeError. None of it is a fault of ours.
-        reason = str(error).strip().split("\n", maxsplit=1)[0][:200]
+        reason = first_line(error)[:200]
         if " " not in reason:  # a number or a name, which tell nothing
             reason = f"{type(error).__name__} {reason}".strip()
         raise ExportError(f"{path.name}: cannot be read as {kind} ({reason})") from error

@@ -9,8 +9,8 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from app.model_card import CardError, ModelCard, read_metadata
-from model_export import verify
 from model_export.errors import ExportError
+from model_export.session import open_session
 
 # onnxruntime's CUDA provider has no kernel for these (docs/OperatorKernels.md), at least not for
 # the uint8 activations that int8 models have.
@@ -44,7 +44,7 @@ def inspect(path: Path) -> Summary:
         raise ExportError(f"{path}: not an ONNX file ({error})") from error
     except CardError as error:
         raise ExportError(f"{path}: {error}") from error
-    verify.open_session(path)
+    open_session(path)
     operators = Counter(node.op_type for node in proto.graph.node)
     return Summary(
         card=card,

@@ -47,7 +47,7 @@ def weights(path: Path) -> Weights:
     Raises:
         ExportError: the file is damaged, hostile, of another kind, or holds several models.
     """
-    readers = {".npz": read_npz, ".safetensors": read_safetensors}
+    readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
     readers |= dict.fromkeys(_TORCH, read_torch)
     if path.suffix.lower() not in readers:
         raise ExportError(f"{path.name}: expected a file in {', '.join(readers)}")
@@ -77,7 +77,7 @@ def _prefix(path: Path, names: Iterable[str]) -> str:
     return prefixes[0] if prefixes else ""
 
 
-def read_npz(path: Path) -> Weights:
+def _read_npz(path: Path) -> Weights:
     """Read the tensors of a numpy archive; pickled objects are refused."""
     tensors = {}
     with damage_as_refusal(path, "a numpy archive"), zipfile.ZipFile(path) as archive:
@@ -92,7 +92,7 @@ def read_npz(path: Path) -> Weights:
     return Weights(tensors)
 
 
-def read_safetensors(path: Path) -> Weights:
+def _read_safetensors(path: Path) -> Weights:
     """Read the tensors of a safetensors file; the library checks its header against its size."""
     with (
         damage_as_refusal(path, "a safetensors file"),

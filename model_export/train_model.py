@@ -5,12 +5,14 @@ Parameters are those of the Mixer itself; only the way through them differs.
 
 import math
 import sys
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from app.errors import first_line
 from app.model_card import Preprocessing
 from model_export import checkpoints
 from model_export.mixer import VARIANTS, Mixer, MixerBlock, MixerConfig, Mlp
@@ -27,9 +29,7 @@ def build(recipe: Recipe, classes: int) -> tuple[Mixer, Preprocessing]:
     if recipe.init is not None:
         return _fine_tuned(recipe.init, classes)
     if recipe.variant is not None:
-        known = VARIANTS[recipe.variant]
-        dimensions = (known.image_size, known.patch_size, known.blocks, known.hidden)
-        config = MixerConfig(*dimensions, known.token_mlp, known.channel_mlp, classes, gelu="erf")
+        config = replace(VARIANTS[recipe.variant], classes=classes, gelu="erf")
     else:
         config = MixerConfig(
             recipe.image_size,
@@ -70,7 +70,7 @@ def _fine_tuned(source: str, classes: int) -> tuple[Mixer, Preprocessing]:
     for layer in model.modules():
         if isinstance(layer, nn.GELU):
             layer.approximate = "none"
-    model.config = MixerConfig(**{**vars(model.config), "classes": classes, "gelu": "erf"})
+    model.config = replace(model.config, classes=classes, gelu="erf")
     return model.train(), checkpoint.preprocessing
 
 
@@ -117,10 +117,9 @@ def compiled(loss: TrainingLoss) -> nn.Module:
     try:
         torch.compile(lambda x: torch.nn.functional.gelu(x) + 1)(torch.zeros(8))
     except Exception as error:  # missing compiler, missing headers, a full disk: each its own class
-        reason = str(error).strip().split("\n", maxsplit=1)[0]
         sys.stderr.write(
             "mixer-train: torch.compile does not work here, so training takes about twice as long "
-            f"({reason}); a C++ compiler with Python's headers is what it mostly lacks\n"
+            f"({first_line(error)}); a C++ compiler with Python's headers is what it mostly lacks\n"
         )
         return loss
     return cast(nn.Module, torch.compile(loss, dynamic=False))

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +13,13 @@ from app.model_card import Preprocessing
 from model_export.errors import ExportError
 from model_export.mixer import Mixer
 from model_export.samples import photo_like
-
-if TYPE_CHECKING:
-    import onnxruntime
+from model_export.session import open_session
 
 # Summation order alone moves float32 logits by about 1e-6 of their size; this leaves room for deep
 # models and still catches a wrong GELU form or eps. Logits beyond 10 may stray in proportion.
 LIMIT = 1e-4
-RELATIVE_LIMIT = 1e-5
-BATCHES = (1, 3, 8)  # several sizes prove that the batch axis is dynamic
+_RELATIVE_LIMIT = 1e-5
+_BATCHES = (1, 3, 8)  # several sizes prove that the batch axis is dynamic
 _SEED = 1  # the golden sample has seed 0
 _RUN_BATCH = 8  # bounds the memory of one run; latency is measured at the same size
 _LATENCY_ROUNDS = 5  # the median of so many paired runs
@@ -45,28 +43,6 @@ class Loss:
     logits: float  # largest |Δlogit|
     rms: float  # root mean square of Δlogit
     agreement: float  # share of pictures with the same best class
-
-
-def open_session(model: Path | bytes) -> "onnxruntime.InferenceSession":
-    """Open a model on the CPU.
-
-    Raises:
-        ExportError: onnxruntime is not installed, or cannot load the model.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ExportError(
-            "onnxruntime is not installed: pip install '.[cpu]' or '.[gpu]'"
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # its errors become one line of ours
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises a class of its own for each status code
-        name = model.name if isinstance(model, Path) else "the exported graph"
-        reason = str(error).strip().split("\n", maxsplit=1)[0]
-        raise ExportError(f"{name}: onnxruntime cannot load it ({reason})") from error
 
 
 def torch_outputs(
@@ -103,12 +79,12 @@ def compare(model: Mixer, preprocessing: Preprocessing, path: Path) -> Agreement
     names = [output.name for output in session.get_outputs()]
     apart = dict.fromkeys(names, 0.0)
     limit = LIMIT
-    for number, batch in enumerate(BATCHES):
+    for number, batch in enumerate(_BATCHES):
         patches = photo_like(batch, preprocessing, _SEED + number)
         wanted = dict(
             zip(("logits", "features"), torch_outputs(model, preprocessing, patches), strict=True)
         )
-        limit = max(limit, RELATIVE_LIMIT * float(np.abs(wanted["logits"]).max()))
+        limit = max(limit, _RELATIVE_LIMIT * float(np.abs(wanted["logits"]).max()))
         for name, got in zip(names, session.run(names, {"patches": patches}), strict=True):
             if got.shape != wanted[name].shape or got.dtype != np.float32:
                 raise ExportError(
@@ -123,7 +99,7 @@ def compare(model: Mixer, preprocessing: Preprocessing, path: Path) -> Agreement
                 f"verification failed: onnxruntime's {name} differ from torch's by "
                 f"{difference:.3g}; at most {limit:.3g} is allowed"
             )
-    return Agreement(sum(BATCHES), apart["logits"], apart.get("features"), limit)
+    return Agreement(sum(_BATCHES), apart["logits"], apart.get("features"), limit)
 
 
 def lose(expected: NDArray[np.float32], got: NDArray[np.float32]) -> Loss:

@@ -5,7 +5,7 @@ import logging
 from typing import Any
 
 import httpx2
-from pydantic import BaseModel, FiniteFloat, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from app.client.errors import ImageError, ServerError
 from app.client.results import Prediction
@@ -21,16 +21,10 @@ MAX_PORT = 65_535
 BUSY = frozenset({408, 429, 502, 503, 504})
 
 
-class _Prediction(BaseModel):
-    label: str
-    index: int
-    score: FiniteFloat
-
-
 class _Answer(BaseModel):
     """What is needed of an answer of ours; a stranger's may be anything."""
 
-    predictions: list[_Prediction]
+    predictions: list[Prediction]
 
 
 class _Model(BaseModel):
@@ -110,8 +104,7 @@ class RemoteClassifier:
         """
         answer = await self._ask("POST", f"/classify?top_k={self.top_k}", data)
         try:
-            found = _Answer.model_validate_json(answer.content).predictions
-            return [Prediction(one.label, one.index, one.score) for one in found]
+            return _Answer.model_validate_json(answer.content).predictions
         except ValidationError:
             raise ImageError("the answer cannot be read: it is no Mixer Serve's") from None
 

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TextIO
 
+from pydantic import FiniteFloat
+
 OutputFormat = Literal["table", "jsonl", "csv"]
 
 
@@ -25,7 +27,7 @@ class Prediction:
 
     label: str
     index: int
-    score: float
+    score: FiniteFloat
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ from fastapi import APIRouter, Request, Response
 from app.answers import Extent, InPieces, put_together
 from app.classifier import Classifier
 from app.documents import EXAMPLE_IMAGE, read_alone
-from app.errors import NoSuchModel, NotReady, Problem
+from app.errors import NoSuchModel, Problem
 from app.routes.classify import check_predictions, checked_top_k
+from app.routes.health import livez, readyz
 from app.routes.openapi import CLASSIFY_STATUSES, json_content, problems
 from app.service import Service
 from app.tensors import (
@@ -55,18 +56,14 @@ async def server(request: Request) -> dict[str, Any]:
 @probes.get("/health/live", responses=problems(503))
 async def live(request: Request) -> dict[str, bool]:
     """Say whether this process need not be replaced, as `/livez` does."""
-    service: Service = request.app.state.service
-    if not service.classifier.is_live:
-        raise NotReady("The engine or the decoders fail lastingly; replace this process.")
+    await livez(request)
     return {"live": True}
 
 
 @probes.get("/health/ready", responses=problems(503))
 async def ready(request: Request) -> dict[str, bool]:
     """Say whether a balancer may send requests, as `/readyz` does."""
-    service: Service = request.app.state.service
-    if not service.is_ready:
-        raise NotReady("Draining, or the engine or the decoders have failed too often.")
+    await readyz(request)
     return {"ready": True}
 
 

@@ -14,6 +14,8 @@ from starlette.types import Scope
 from app.errors import PROBLEM_JSON, Problem, kind_of, problem_body
 from app.trace import current
 
+CLIENT_GONE, GONE = 499, "client-gone"  # a status that nginx made up, and its kind in the log
+
 
 def answer_errors(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
     """Register the handlers; what none of them knows is a bug, which access.py answers."""
@@ -40,8 +42,8 @@ def answer_errors(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
     async def on_disconnect(_: Request, _error: ClientDisconnect) -> Response:
         trace = current()
         if trace is not None:
-            trace.problem = "client-gone"
-        return Response(status_code=499)  # nginx's word for it; nobody is there to read it
+            trace.problem = GONE
+        return Response(status_code=CLIENT_GONE)  # nobody is there to read it
 
 
 def _allowed(routes: Sequence[BaseRoute], scope: Scope) -> str:

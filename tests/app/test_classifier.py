@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from app.admission import Admission
 from app.classifier import Classifier
 from app.decoders import Decoders
+from app.entry import Entry
 from app.images import Picture
 from app.latency import LatencyTable
 from app.metrics import Metrics
@@ -54,6 +55,74 @@ def test_work_that_nobody_waits_for(caplog: pytest.LogCaptureFixture) -> None:
     asyncio.run(run())
     assert done == ["wanted"]
     assert caplog.text == ""
+
+
+def test_pictures_behind_an_engine_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of images that nobody waits for any more, no picture stays in the queue."""
+    inferring, go_on = threading.Event(), threading.Event()
+    engine = FakeEngine()
+
+    def hang(*_: object) -> NDArray[np.float32]:
+        inferring.set()
+        go_on.wait(20)
+        return np.zeros((1, 3), np.float32)
+
+    monkeypatch.setattr(engine, "infer", hang)
+    decoded = []
+    done = threading.Semaphore(0)
+    decode = Decoders.decode
+
+    def noted(self: Decoders, upload: bytes) -> Picture:
+        picture = decode(self, upload)
+        decoded.append(weakref.ref(picture.patches))
+        done.release()
+        return picture
+
+    monkeypatch.setattr(Decoders, "decode", noted)
+
+    async def run() -> None:
+        classifier = _classifier(engine)
+        entries = [classifier.submit(make_image(), "")]
+        assert await asyncio.to_thread(inferring.wait, 20)
+        entries += [classifier.submit(make_image(), "") for _ in range(8)]
+        for _ in entries:
+            assert await asyncio.to_thread(done.acquire, timeout=20)
+        await classifier.in_decoder(lambda: None, math.inf)  # the last one is queued, too
+        assert all(ref() is not None for ref in decoded)
+        for entry in entries[1:]:
+            entry.release()
+        kept = [ref() is not None for ref in decoded]
+        go_on.set()
+        await entries[0].future
+        await classifier.close()
+        assert kept == [True] + 8 * [False]
+
+    asyncio.run(run())
+
+
+def test_picture_that_comes_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is given up while it is decoded never reaches the queue."""
+    put: list[Entry] = []
+    monkeypatch.setattr("app.batcher.Batcher.put", lambda _, entry: put.append(entry))
+    decode = Decoders.decode
+    entries: list[Entry] = []
+
+    def given_up(self: Decoders, upload: bytes) -> Picture:
+        picture = decode(self, upload)
+        entries[0].release()
+        return picture
+
+    async def run() -> None:
+        classifier = _classifier()
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoders, "decode", given_up)
+            # Cancelled from a thread here, which the futures of the loop would not like elsewhere.
+            entries.append(classifier.submit(make_image(), ""))
+            await classifier.in_decoder(lambda: None, math.inf)
+        assert put == []
+        await classifier.close()
+
+    asyncio.run(run())
 
 
 def test_work_that_fails() -> None:
@@ -183,6 +252,7 @@ def test_dead_spare_work_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         turns.release()
         assert await asyncio.to_thread(begun.acquire, timeout=10)
         assert held() is None
+        assert not classifier._batcher._spare
         turns.release()
         await asyncio.gather(*tasks)
         await classifier.close()

@@ -402,7 +402,7 @@ class TestErrors:
     def test_bug(self, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
         """An error nobody foresaw is a 500 problem that tells the client nothing of the inside."""
         client = serve()
-        monkeypatch.setattr("app.decoders.Decoder.decode", lambda *_: 1 / 0)
+        monkeypatch.setattr("app.decoder_link.DecoderLink.decode", lambda *_: 1 / 0)
         body = problem(client.post("/classify", content=make_image()), 500)
         assert "zero" not in body["detail"]
         assert in_flight(client) == [0, 0, 0]

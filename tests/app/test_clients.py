@@ -413,12 +413,19 @@ class TestInferenceProtocol:
         assert answer.status_code == 422
         assert "Inference-Header-Content-Length" in answer.json()["detail"]
 
-    def test_not_ready(self, serve: Serve) -> None:
-        """Readiness is that of `/readyz`, for server and model."""
+    @pytest.mark.parametrize("failures", [0, 3, 6])
+    def test_not_ready(self, serve: Serve, failures: int) -> None:
+        """Readiness is that of `/readyz`, for server and model, and liveness that of `/livez`."""
         client = serve(FakeEngine())
-        client.app.state.service.draining = True  # type: ignore[attr-defined] # starlette types any ASGI app
-        assert client.get("/v2/health/live").status_code == 200
-        for path in ("/v2/health/ready", "/v2/models/fake/ready"):
+        service = client.app.state.service  # type: ignore[attr-defined] # starlette types any ASGI app
+        if failures:
+            service.classifier._decoders.failures = failures
+        else:
+            service.draining = True
+        live = 503 if failures == 6 else 200
+        for path in ("/livez", "/v2/health/live"):
+            assert client.get(path).status_code == live
+        for path in ("/readyz", "/v2/health/ready", "/v2/models/fake/ready"):
             assert client.get(path).status_code == 503
 
     def test_health_is_open(self, serve: Serve, tmp_path: Path) -> None:

@@ -23,12 +23,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from app import decoder
-from app.decoder import Task, receive, send
-from app.decoders import Decoder, Decoders, NoDecoder, check_decoders
+from app.decoder import SIZE, Task, receive, send
+from app.decoder_link import DecoderLink
+from app.decoders import Decoders, check_decoders
 from app.errors import (
     CorruptImage,
     DecoderLost,
     EmptyBody,
+    NoDecoder,
     NotReady,
     Problem,
     StartupError,
@@ -69,7 +71,7 @@ def test_same_picture(decoders: Decoders, file_format: str) -> None:
 def test_upload_beyond_the_pixels_memory() -> None:
     """An upload that is larger than all that its pixels may take is still read, and refused."""
     task = TASK.model_copy(update={"max_bytes": 256 * 2**20})
-    with closing(Decoder(task)) as decoder, pytest.raises(UnsupportedFormat):
+    with closing(DecoderLink(task)) as decoder, pytest.raises(UnsupportedFormat):
         decoder.decode(bytes(task.max_bytes))
 
 
@@ -107,7 +109,7 @@ def test_same_problem(decoders: Decoders, upload: bytes, kind: type[Problem]) ->
 
 def test_decoder_killed_over_an_upload(caplog: pytest.LogCaptureFixture) -> None:
     """An upload whose decoder is killed fails, and the next one finds another decoder."""
-    one = Decoder(TASK)
+    one = DecoderLink(TASK)
     killed = one.pid
     threading.Timer(0.3, os.kill, [killed, signal.SIGKILL]).start()
     with pytest.raises(DecoderLost):
@@ -119,7 +121,7 @@ def test_decoder_killed_over_an_upload(caplog: pytest.LogCaptureFixture) -> None
 
 def test_decoder_killed_while_it_waits(caplog: pytest.LogCaptureFixture) -> None:
     """A decoder that ended while it had nothing to do costs no upload."""
-    one = Decoder(TASK)
+    one = DecoderLink(TASK)
     killed = one.pid
     os.kill(killed, signal.SIGKILL)
     time.sleep(0.05)
@@ -130,7 +132,7 @@ def test_decoder_killed_while_it_waits(caplog: pytest.LogCaptureFixture) -> None
 
 def test_decoder_killed_before_it_has_read(caplog: pytest.LogCaptureFixture) -> None:
     """A decoder that is killed with its upload unread costs none either."""
-    one = Decoder(TASK)
+    one = DecoderLink(TASK)
     killed = one.pid
     os.kill(killed, signal.SIGSTOP)
     threading.Timer(0.2, os.kill, [killed, signal.SIGKILL]).start()
@@ -141,11 +143,11 @@ def test_decoder_killed_before_it_has_read(caplog: pytest.LogCaptureFixture) -> 
 
 def test_upload_that_no_decoder_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """An upload over which a second decoder ends fails, and the next one passes."""
-    one = Decoder(TASK)
+    one = DecoderLink(TASK)
     with monkeypatch.context() as patch:
-        patch.setattr("app.decoders.send", Mock(side_effect=BrokenPipeError))
-        patch.setattr(one, "connect", Mock())
-        with pytest.raises(DecoderLost):
+        patch.setattr("app.decoder_link.send", Mock(side_effect=BrokenPipeError))
+        patch.setattr(one, "_connect", Mock())
+        with pytest.raises(NoDecoder):
             one.decode(make_image())
     assert one.decode(make_image()).format == "PNG"
     one.close()
@@ -153,7 +155,7 @@ def test_upload_that_no_decoder_reads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_memory_for_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer that was not read to its end is never taken for the next upload's."""
-    one = Decoder(TASK)
+    one = DecoderLink(TASK)
     with monkeypatch.context() as patch:
         patch.setattr(one, "_link", Mock(wraps=one._link, recv=Mock(side_effect=MemoryError)))
         with pytest.raises(MemoryError):
@@ -172,7 +174,7 @@ def test_time_is_limited(decoders: Decoders) -> None:
 def test_memory_is_limited() -> None:
     """What asks for far more memory than its pixels need is refused it, and the decoder goes on."""
     task = TASK.model_copy(update={"max_pixels": 20_000_000})
-    one = Decoder(task)
+    one = DecoderLink(task)
     wide = encode(Image.new("1", (1, 20_000_000)), "PNG")  # each row costs some 20 bytes more
     with pytest.raises(CorruptImage):
         one.decode(wide)
@@ -195,7 +197,7 @@ def test_memory_that_is_limited_already(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("photos_before", [0, 20])
 def test_memory_comes_back(photos_before: int) -> None:
     """What a large picture has taken is given back once it is answered."""
-    one = Decoder(TASK.model_copy(update={"max_pixels": 50_000_000}))
+    one = DecoderLink(TASK.model_copy(update={"max_pixels": 50_000_000}))
     large = encode(Image.new("RGBA", (6000, 6000)), "PNG")
     photo = encode(Image.new("RGB", (640, 480)), "JPEG")
     for _ in range(1 + photos_before):
@@ -207,7 +209,7 @@ def test_memory_comes_back(photos_before: int) -> None:
     one.close()
 
 
-def kib(one: Decoder, field: str) -> int:
+def kib(one: DecoderLink, field: str) -> int:
     """Return a field of a decoder's /proc/PID/status."""
     status = Path(f"/proc/{one.pid}/status").read_text()
     return int(status.partition(f"{field}:")[2].split()[0])
@@ -225,15 +227,51 @@ def png_of_profiles(count: int) -> bytes:
 
 def test_killed_nursery() -> None:
     """Decoders outlive the process that forked them, and a new one of those is started."""
-    old = Decoder(TASK)
+    old = DecoderLink(TASK)
     parent = int(Path(f"/proc/{old.pid}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(parent, signal.SIGKILL)
     while nursery()._process.poll() is None:
         time.sleep(0.01)
-    new = Decoder(TASK)
+    new = DecoderLink(TASK)
     for one in (old, new):
         assert one.decode(make_image()).format == "PNG"
         one.close()
+
+
+def test_orphans_are_buried() -> None:
+    """Where the orphans of a killed nursery fall to us, as to process 1, none stays a zombie."""
+    script = (
+        "import ctypes, os, signal, time\n"
+        "from pathlib import Path\n"
+        "from app.decoder_link import DecoderLink\n"
+        "from app.nursery import nursery\n"
+        "from tests.app.test_decoders import TASK\n"
+        "ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)\n"  # PR_SET_CHILD_SUBREAPER
+        "old = DecoderLink(TASK)\n"
+        "nursery()._process.kill()\n"
+        "nursery()._process.wait()\n"
+        "with_orphan = DecoderLink(TASK)\n"
+        "children = Path(f'/proc/{os.getpid()}/task/{os.getpid()}/children')\n"
+        "assert str(old.pid) in children.read_text().split()\n"
+        "os.kill(old.pid, signal.SIGKILL)\n"
+        "while 'Z' not in Path(f'/proc/{old.pid}/stat').read_text().rpartition(')')[2][:3]:\n"
+        "    time.sleep(0.01)\n"
+        "DecoderLink(TASK)\n"
+        "assert str(old.pid) not in children.read_text().split()\n"
+        "assert not nursery()._orphaned\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)
+
+
+def test_decoder_that_was_stopped() -> None:
+    """A message that comes in two parts, as after SIGSTOP and SIGCONT, is one message."""
+    whole = bytes(range(256)) * 4
+    pieces = [SIZE.pack(len(whole))[:1], SIZE.pack(len(whole))[1:], whole[:100], whole[100:]]
+    link = Mock()
+    link.recv = Mock(side_effect=pieces)
+    assert receive(link) == whole
+    link.recv = Mock(side_effect=[*pieces[:3], b""])
+    assert receive(link) is None
 
 
 def test_one_nursery_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +287,7 @@ def test_one_nursery_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     nursery()._process.kill()
     nursery()._process.wait()
     with ThreadPoolExecutor(4) as pool:
-        for one in pool.map(Decoder, [TASK] * 4):
+        for one in pool.map(DecoderLink, [TASK] * 4):
             assert one.decode(make_image()).format == "PNG"
             one.close()
     assert len(begun) == 1
@@ -261,7 +299,7 @@ def test_nursery_that_has_just_died(monkeypatch: pytest.MonkeyPatch) -> None:
     os.kill(process.pid, signal.SIGKILL)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     monkeypatch.setattr(process, "poll", lambda: None)
-    one = Decoder(TASK)
+    one = DecoderLink(TASK)
     assert one.decode(make_image()).format == "PNG"
     one.close()
 
@@ -272,7 +310,7 @@ def test_stuck_decoder(
 ) -> None:
     """A decoder that stands still fails its upload, however large, and is replaced."""
     monkeypatch.setattr("app.nursery._PATIENCE", struct.pack("ll", 0, 300_000))
-    one = Decoder(TASK)
+    one = DecoderLink(TASK)
     stuck = one.pid
     os.kill(stuck, signal.SIGSTOP)
     without_patience = threading.Timer(20, os.kill, [stuck, signal.SIGKILL])
@@ -329,7 +367,7 @@ def test_failures_in_a_row(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) 
     """Whatever a process answers, bad images too, ends the row of uploads without one."""
     for upload, kind in ((make_image(), None), (b"not an image", UnsupportedFormat)):
         with monkeypatch.context() as patch:
-            patch.setattr("app.decoders.nursery", Mock(side_effect=BlockingIOError))
+            patch.setattr("app.decoder_link.nursery", Mock(side_effect=BlockingIOError))
             for one in decoders._all:
                 one.close()
             with pytest.raises(NotReady):
@@ -346,7 +384,7 @@ def test_failures_in_a_row(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) 
 def test_one_moment_without_processes(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uploads that find no process in the same moment are one failure, however many they are."""
     with monkeypatch.context() as patch:
-        patch.setattr("app.decoders.nursery", Mock(side_effect=BlockingIOError))
+        patch.setattr("app.decoder_link.nursery", Mock(side_effect=BlockingIOError))
         for one in decoders._all:
             one.close()
         for _ in range(8):
@@ -360,13 +398,13 @@ def test_one_moment_without_processes(decoders: Decoders, monkeypatch: pytest.Mo
 def test_nursery_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A nursery that stands still fails one request for a decoder, and is replaced."""
     monkeypatch.setattr("app.nursery._PATIENCE", struct.pack("ll", 0, 300_000))
-    Decoder(TASK).close()
+    DecoderLink(TASK).close()
     stuck = nursery()._process.pid
     os.kill(stuck, signal.SIGSTOP)
     with pytest.raises(NoDecoder):
-        Decoder(TASK)
+        DecoderLink(TASK)
     monkeypatch.undo()  # one that starts takes half a second
-    one = Decoder(TASK)
+    one = DecoderLink(TASK)
     other = nursery()._process.pid
     assert other != stuck
     nursery().replace(0)  # who asked before this one came has waited for the other
@@ -411,11 +449,11 @@ def test_what_a_decoder_inherits() -> None:
     """A decoder's limit of CPU time works, and Ctrl+C passes it by, whatever started us."""
     script = (
         "import os, signal\n"
-        "from app.decoders import Decoder\n"
+        "from app.decoder_link import DecoderLink\n"
         "from tests.app.test_decoders import TASK\n"
         "signal.signal(signal.SIGPROF, signal.SIG_IGN)\n"
         "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])\n"
-        "one = Decoder(TASK)\n"
+        "one = DecoderLink(TASK)\n"
         "print(os.getpgid(one.pid) == os.getpgid(0))\n"
         "print(open(f'/proc/{one.pid}/status').read())\n"
     )
@@ -436,8 +474,8 @@ def test_package_named_as_one_of_the_standard_library(tmp_path: Path) -> None:
         "[first, *_] = [at for at, path in enumerate(sys.path) if 'site-packages' in path]\n"
         "sys.path.insert(first, sys.argv[1])\n"
         "from app.decoder import Task\n"
-        "from app.decoders import Decoder\n"
-        "one = Decoder(Task.model_validate_json(sys.argv[2]))\n"
+        "from app.decoder_link import DecoderLink\n"
+        "one = DecoderLink(Task.model_validate_json(sys.argv[2]))\n"
         "print(sys.modules['app'].__file__)\n"
     )
     result = subprocess.run(
@@ -483,7 +521,7 @@ def test_bug(monkeypatch: pytest.MonkeyPatch) -> None:
         send(theirs, b"1")  # its process ID
         thread = threading.Thread(target=decoder.serve, args=[theirs])
         thread.start()
-        one = Decoder(TASK)
+        one = DecoderLink(TASK)
         with monkeypatch.context() as broken:
             broken.setattr("app.decoder.decode", lambda *_: 1 / 0)
             with pytest.raises(RuntimeError, match="ZeroDivisionError"):

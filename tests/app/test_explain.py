@@ -5,6 +5,7 @@ import io
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import httpx2
 import numpy as np
@@ -211,6 +212,14 @@ def test_overlay_that_is_not_drawn_in_time(
     problem(explain(client, corner()), 429)  # a thread still draws
     drawn.set()
     assert "not drawn in time" in problem(answer, 504)["detail"]
+
+
+def test_overlay_without_a_process(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An explanation for whose picture no process can be had is a 503, as an image is."""
+    client = serve()
+    monkeypatch.setattr("app.decoder_link.nursery", Mock(side_effect=BlockingIOError))
+    answer = client.post("/explain", content=corner(), headers={"Accept": "image/png"})
+    problem(answer, 503)
 
 
 def test_overlay_is_counted_and_alone(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,14 @@
 import importlib
 import logging
 import os
+import re
 import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import Context
@@ -29,6 +31,7 @@ from app.serve import _allow_descriptors, _check_threads
 from app.settings import EMBEDDED_MODEL, Settings, read_settings
 from app.trace import begin
 from tests.fakes import encode, make_image
+from tests.faults.load import dial, get, read_answer
 from tests.processes import ROOT, clean_environment, run_serve, serving
 
 
@@ -411,6 +414,47 @@ def nice_values(pid: int, thread: str = "*") -> list[int]:
     """Return the nice values of a process's threads (proc(5), field 19 of stat)."""
     stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob(f"{thread}/stat")]
     return [int(stat.rpartition(")")[2].split()[16]) for stat in stats]
+
+
+def test_signal_as_it_begins(tmp_path: Path) -> None:
+    """Who connects before the decoders have started is answered, a signal in between or not."""
+    (tmp_path / "slow.py").write_text(
+        "import asyncio, sys\n"
+        "from app import serve\n"
+        "from app.draining import DrainingServer\n"
+        "start = DrainingServer.startup\n"
+        "async def late(self, sockets=None):\n"
+        "    print('late', flush=True)\n"
+        "    await asyncio.sleep(0.5)\n"
+        "    await start(self, sockets)\n"
+        "DrainingServer.startup = late\n"
+        "sys.exit(serve.main())\n"
+    )
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "slow", "--port", "0", "--drain-delay-s", "0.2"],
+            cwd=ROOT,
+            env=clean_environment(PYTHONPATH=f"{tmp_path}:{ROOT}"),
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        while "late" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.01)
+        url = re.search(r"http://[^\s\"]+:\d+", log.read_text())
+        assert url is not None
+        with dial(url[0]) as client:
+            client.sendall(get("/livez"))
+            process.send_signal(signal.SIGTERM)
+            answer = read_answer(client)
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b"connection: close" in answer.lower()
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_draining_is_no_requests_matter() -> None:

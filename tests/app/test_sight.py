@@ -173,13 +173,22 @@ class TestRequestId:
     def test_bug(self, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
         """A bug answers with the ID and the security headers, and tells nothing of itself."""
         client = serve()
-        monkeypatch.setattr("app.decoders.Decoder.decode", lambda *_: 1 / 0)
+        monkeypatch.setattr("app.decoder_link.DecoderLink.decode", lambda *_: 1 / 0)
         answer = client.post("/classify", content=make_image(), headers={"X-Request-ID": "bug-1"})
         assert answer.status_code == 500
         assert answer.headers["x-request-id"] == "bug-1"
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.json()["type"].endswith(":internal-server-error")
         assert "division" not in answer.text
+        assert "error" not in answer.json()
+
+    def test_bug_for_foreign_clients(self, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A bug's answer has the member that Hugging Face's clients show."""
+        client = serve()
+        monkeypatch.setattr("app.decoder_link.DecoderLink.decode", lambda *_: 1 / 0)
+        answer = client.post("/", content=make_image())
+        assert answer.status_code == 500
+        assert answer.json()["error"] == answer.json()["detail"]
 
     def test_below_the_application(self, live: Server) -> None:
         """What is not HTTP at all is answered with an ID, and counted."""

@@ -17,7 +17,7 @@ import numpy as np
 from fastapi import FastAPI
 from numpy.typing import NDArray
 
-from app import decoders, draining, images, main, protocol, serve
+from app import decoder_link, draining, images, main, protocol, serve
 from app.decoder import MAX_CPU_S
 from app.engine import Engine, OnnxEngine
 from app.nursery import nursery
@@ -71,9 +71,9 @@ class Slowest:
     cpu_s = 0.0
 
     def __init__(self) -> None:
-        self._decode = decoders.Decoder.decode
+        self._decode = decoder_link.DecoderLink.decode
 
-    def decode(self, decoder: decoders.Decoder, upload: bytes) -> images.Picture:
+    def decode(self, decoder: decoder_link.DecoderLink, upload: bytes) -> images.Picture:
         """Decode as usual."""
         pid, start = decoder.pid, self._used_s(decoder.pid)
         try:
@@ -102,16 +102,16 @@ def create_observed_app(settings: Settings, engine: ObservedEngine) -> FastAPI:
     """Return the service with one more route."""
     slowest = Slowest()
 
-    def decode(self: decoders.Decoder, upload: bytes) -> images.Picture:
+    def decode(self: decoder_link.DecoderLink, upload: bytes) -> images.Picture:
         return slowest.decode(self, upload)
 
-    decoders.Decoder.decode = decode  # type: ignore[method-assign] # the same face
+    decoder_link.DecoderLink.decode = decode  # type: ignore[method-assign] # the same face
     app = main.create_app(settings, engine)
 
     @app.get("/observed", include_in_schema=False)
     async def observed(fault: str = "", slower_ms: int | None = None) -> dict[str, int]:
         engine.fault = fault or engine.fault
-        vars(decoders)["nursery"] = _no_nursery if engine.fault == "fork" else nursery
+        vars(decoder_link)["nursery"] = _no_nursery if engine.fault == "fork" else nursery
         if slower_ms is not None:
             engine.slower_s = slower_ms / 1000
         admission = app.state.service.admission
