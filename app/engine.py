@@ -209,7 +209,7 @@ def _what_is_wrong(path: Path) -> str:
         if stat.S_ISREG(path.stat().st_mode):
             path.open("rb").close()
             return ""
-        what = "a folder" if path.is_dir() else "no such file"
+        what = "a folder" if path.is_dir() else "no regular file"
     except PermissionError:
         return f"user {os.geteuid()} may not read it; chmod a+r the file, and a+x its folders"
     except (OSError, ValueError):  # too long a name, or one that cannot be

@@ -40,7 +40,10 @@ class ApiKeys:
             self._stamp = self._look()
             self._digests = self._read()
         except (OSError, ValueError) as error:
-            raise StartupError(f"MIXER_API_KEYS_FILE={path}: {error}") from error
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise StartupError(
+                f"MIXER_API_KEYS_FILE={path}: {reason}; give a file with a key a line"
+            ) from error
 
     def allow(self, headers: Headers) -> bool:
         """Return whether the request carries a known key, in constant time for each."""

@@ -57,6 +57,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     latency = LatencyTable(
         settings.max_batch, settings.decode_threads, batches_at_once(engine, settings.max_batch)
     )
+    logger.info("warming up with batches of up to %d", settings.max_batch)  # it may take minutes
     warm_up(engine, settings.max_batch, latency)
     measures.show_model(engine.card, engine.provider)
     described = model.model_info(engine.card, engine.provider)

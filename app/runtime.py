@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import onnxruntime
 
 CPU = "CPUExecutionProvider"
+MORE_MEMORY = "allow more (the container's limit, ulimit -v and -d)"
+_NO_MEMORY = ("bad_alloc", "Cannot allocate memory")
 
 
 def cpu_session(path: Path, threads: int) -> "onnxruntime.InferenceSession":
@@ -22,6 +24,10 @@ def cpu_session(path: Path, threads: int) -> "onnxruntime.InferenceSession":
     try:
         return runtime().InferenceSession(path, options(threads), providers=[CPU])
     except Exception as error:  # onnxruntime raises a class of its own for each status
+        if any(words in str(error) for words in _NO_MEMORY):
+            raise StartupError(
+                f"MIXER_MODEL={path}: there is too little memory to load it; {MORE_MEMORY}"
+            ) from error
         raise StartupError(
             f"MIXER_MODEL={path}: not a model that onnxruntime can load ({first_line(error)}); "
             "write it with mixer-export convert"

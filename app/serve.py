@@ -1,6 +1,7 @@
 """The command `mixer-serve`: settings, socket, model, server, in this order."""
 
 import ctypes
+import errno
 import logging
 import socket
 import sys
@@ -19,6 +20,7 @@ from app.keys import ApiKeys
 from app.logs import configure
 from app.main import create_app
 from app.nursery import nursery
+from app.runtime import MORE_MEMORY
 from app.settings import Settings, read_settings
 from app.start import end_when_told, open_standard_streams
 
@@ -36,6 +38,10 @@ SPARE_DESCRIPTORS = 192
 # Besides those that settings choose: the nursery, the log, documents, long answers, spans, whoever
 # opens the model, libuv's, and the one that waits for the others at the end.
 SPARE_THREADS = 12
+_FIXES = {
+    errno.EADDRINUSE: "end whoever listens there, or choose another port",
+    errno.EACCES: "choose a port from 1024 up, which need no privilege",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _listen(listener, settings)
     except StartupError as error:
         sys.stderr.write(f"mixer-serve: {' '.join(str(error).splitlines())}\n")
+        return 1
+    except MemoryError:
+        sys.stderr.write(f"mixer-serve: there is too little memory to start; {MORE_MEMORY}\n")
         return 1
     host, port = listener.getsockname()[:2]
     logger.info(
@@ -174,8 +183,12 @@ def _listen(listener: socket.socket, settings: Settings) -> None:
 def _cannot_listen(settings: Settings, error: OSError | UnicodeError) -> StartupError:
     # A name with an impossible label is a UnicodeError.
     reason = error.strerror if isinstance(error, OSError) else "no name of a host"
+    fix = "give a bare name or address of this host; the port is MIXER_PORT's"
+    if isinstance(error, OSError):
+        fix = _FIXES.get(error.errno or 0, fix)
     return StartupError(
-        f"MIXER_HOST={settings.host} MIXER_PORT={settings.port}: cannot listen there ({reason})"
+        f"MIXER_HOST={settings.host} MIXER_PORT={settings.port}: cannot listen there ({reason}); "
+        f"{fix}"
     )
 
 

@@ -178,8 +178,9 @@ def read_settings(
     values: dict[str, str] = {}
     shown: dict[str, str] = {}  # how the operator spelled each setting
     for variable, value in environment.items():
-        if variable.startswith(PREFIX):
-            name = variable.removeprefix(PREFIX).lower()
+        name = variable[len(PREFIX) :].lower()
+        is_slip = variable.upper().startswith(PREFIX) and name in Settings.model_fields
+        if variable.startswith(PREFIX) or is_slip:
             if name not in Settings.model_fields or variable != variable.upper():
                 told = "…" if "KEY" in variable.upper() else value  # a slip may name the key itself
                 raise StartupError(f"{variable}={told}: no such setting; see mixer-serve --help")

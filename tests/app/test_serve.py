@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from contextvars import Context
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import httpx2
 import numpy as np
@@ -25,6 +26,7 @@ from PIL import Image
 from app import start
 from app.cpus import available_cpus
 from app.draining import DrainingServer
+from app.engine import OnnxEngine
 from app.errors import StartupError
 from app.logs import JsonFormatter
 from app.serve import _allow_descriptors, _check_threads
@@ -122,6 +124,21 @@ def test_help_beside_an_unknown_setting() -> None:
     result = run_serve("--help", MIXER_FOO="1")
     assert result.returncode == 0
     assert "--max-batch" in result.stdout
+
+
+def test_settings_in_lower_case() -> None:
+    """A setting's name in lower case is refused, not passed over; another program's is not ours."""
+    with pytest.raises(StartupError, match="mixer_max_batch=8: no such setting"):
+        read_settings([], {"mixer_max_batch": "8"})
+    assert read_settings([], {"mixer_volume": "8"}) == Settings()
+
+
+def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model for which there is no memory is told as that, not as a broken one."""
+    no_memory = Mock(side_effect=RuntimeError("Exception: std::bad_alloc"))
+    monkeypatch.setattr("onnxruntime.InferenceSession", no_memory)
+    with pytest.raises(StartupError, match="too little memory to load it; allow more"):
+        OnnxEngine(EMBEDDED_MODEL, "cpu", 1)
 
 
 def test_help_explains_every_setting_with_its_default() -> None:

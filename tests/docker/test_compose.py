@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from app.settings import Settings
+from tests.docker.test_kubernetes import LAST_WORDS_S
 
 DOCKER = Path(__file__).parents[2] / "docker"
 
@@ -42,7 +43,7 @@ def test_replicas_are_locked_down() -> None:
     assert mixer["cap_drop"] == ["ALL"]
     settings = Settings()
     grace_s = int(mixer["stop_grace_period"].removesuffix("s"))
-    assert grace_s > settings.drain_delay_s + settings.grace_s
+    assert grace_s >= settings.drain_delay_s + settings.grace_s + LAST_WORDS_S
 
 
 def test_memory_is_what_the_limits_add_up_to() -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from starlette.testclient import TestClient
 
-from tests.docker.test_kubernetes import RELEASES
+from tests.docker.test_kubernetes import LAST_WORDS_S, RELEASES
 
 FILE = Path(__file__).parents[2] / "docker/kubernetes/inferenceservice.yaml"
 SCALING = ("minReplicas", "maxReplicas")  # KServe's own beside the pod's members
@@ -42,5 +42,5 @@ def test_grace_covers_the_drain(pod: dict[str, Any]) -> None:
     [container] = pod["spec"]["containers"]
     times = {one["name"]: float(one["value"]) for one in container["env"]}
     sleep = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-    needed = sleep + times["MIXER_DRAIN_DELAY_S"] + times["MIXER_GRACE_S"]
-    assert pod["spec"]["terminationGracePeriodSeconds"] > needed
+    needed = sleep + times["MIXER_DRAIN_DELAY_S"] + times["MIXER_GRACE_S"] + LAST_WORDS_S
+    assert pod["spec"]["terminationGracePeriodSeconds"] >= needed
