@@ -1,4 +1,4 @@
-"""The head of the usual request, read in one go; whatever else there is goes through the parser.
+"""The head of a request: the usual one read in one go, and what no head may be.
 
 The parser calls back for the beginning, the target, each header and the end of a head. For a head
 as nearly all clients send it, complete in the first read, one regular expression is enough. It
@@ -7,12 +7,21 @@ which never sees such a request, would have found the same.
 """
 
 import re
+from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
+# What a request may hold besides its body: nginx's and most balancers' own limit for headers.
+MAX_HEADER_BYTES = 64 * 1024
+# Each costs a hundred times its bytes in memory; clients and balancers together send some thirty.
+MAX_HEADERS = 100
+# The longest that anyone needs is that of a model with a long name. Of a query of nothing but
+# parameters each takes the framework microseconds and a hundred times its bytes.
+MAX_TARGET_BYTES = 1024
 # Sections 3 and 5: one target without anything to decode, fields of visible ASCII on a line each.
 _HEAD = re.compile(
-    rb"POST ([!-~]{1,1024}) HTTP/1\.1\r\n"
-    rb"((?:[A-Za-z0-9_-]++:[\t -~]*+\r\n){1,64})\r\n"
+    rb"POST ([!-~]{1,%d}) HTTP/1\.1\r\n"
+    rb"((?:[A-Za-z0-9_-]++:[\t -~]*+\r\n){1,64})\r\n" % MAX_TARGET_BYTES
 )
 _FIELD = re.compile(rb"([A-Za-z0-9_-]++):[\t ]*+([\t -~]*)\r\n")
 _LENGTH = re.compile(rb"[0-9]{1,10}")
@@ -48,3 +57,40 @@ def read_head(data: bytes) -> Head | None:
     if not _LENGTH.fullmatch(length):
         return None
     return Head(found[1], fields, found.end(), int(length))
+
+
+class Objection(NamedTuple):
+    """Why a request is refused below the application."""
+
+    status: int
+    title: str
+    detail: str
+
+
+TOO_MANY_HEADERS = Objection(
+    431, "Headers too large", f"At most {MAX_HEADERS}, of {MAX_HEADER_BYTES} bytes."
+)
+_LONG_TARGET = Objection(414, "URI Too Long", f"At most {MAX_TARGET_BYTES} bytes.")
+_CODING = Objection(400, "Bad request", "The only Transfer-Encoding taken is chunked.")
+_NO_HOST = Objection(400, "Bad request", "There is no Host.")
+_TWO_HOSTS = Objection(400, "Bad request", "There are two Hosts.")
+
+
+def objection_to(
+    target: bytes, headers: Sequence[tuple[bytes, bytes]], *, is_current: bool
+) -> Objection | None:
+    """Return what speaks against a head that could be parsed, of HTTP/1.1 if it `is_current`.
+
+    Names of `headers` are in lower case.
+    """
+    if len(target) > MAX_TARGET_BYTES:
+        return _LONG_TARGET
+    size = len(target) + sum(map(len, chain.from_iterable(headers)))
+    if size + 4 * len(headers) > MAX_HEADER_BYTES:  # all of it in one read
+        return TOO_MANY_HEADERS
+    if any(n == b"transfer-encoding" and v.lower() != b"chunked" for n, v in headers):
+        return _CODING  # one that is none of ours
+    hosts = sum(name == b"host" for name, _ in headers)
+    if hosts > 1 or (is_current and not hosts):  # RFC 9112, 3.2
+        return _TWO_HOSTS if hosts else _NO_HOST
+    return None

@@ -7,7 +7,6 @@ client that sends more than it may reads its answer before the connection goes.
 
 import asyncio
 import time
-from itertools import chain
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -24,7 +23,14 @@ from app.door import OPEN_PATHS
 from app.errors import PROBLEM_JSON, BodyTimeout, kind_of, problem_json
 from app.express import Express
 from app.farewell import Farewell, has_hung_up
-from app.head import read_head
+from app.head import (
+    MAX_HEADER_BYTES,
+    MAX_HEADERS,
+    TOO_MANY_HEADERS,
+    Objection,
+    objection_to,
+    read_head,
+)
 from app.metrics import UNPARSED
 from app.refusal import Answered
 from app.service import Service
@@ -33,14 +39,8 @@ from app.trace import new_trace
 from app.turns import TURN_S, Backlog
 from app.usual import express
 
-# What a request may hold besides its body: nginx's and most balancers' own limit for headers.
-MAX_HEADER_BYTES = 64 * 1024
-# The longest that anyone needs is that of a model with a long name. Of a query of nothing but
-# parameters each takes the framework microseconds and a hundred times its bytes.
-MAX_TARGET_BYTES = 1024
-# Each costs a hundred times its bytes in memory; clients and balancers together send some thirty.
-MAX_HEADERS = 100
-# A chunk of one byte comes with five bytes of framing; extensions and trailers are not for us.
+# A chunk of one byte comes with five bytes of framing, six with zeros ahead; longer extensions and
+# trailers are not for us.
 FRAMING_PER_BODY_BYTE = 16
 # After the body's deadline, time for the application's own 408 before the connection is cut.
 LAST_WORD_S = 1.0
@@ -55,12 +55,16 @@ WATCH_S = 0.1
 # an orchestrator nor Prometheus shall take a full replica for a dead one.
 MAX_PROBES = 16
 PROBE_TIMEOUT_S = 1.0
-FULL = (503, "Too many connections", "This replica has no connection to spare.")
+FULL = Objection(503, "Too many connections", "This replica has no connection to spare.")
 # Beyond those, so many connections may read their last answer in peace; while half of the places
 # are free, more may.
 MAX_FAREWELLS = 64
 # When the listener has closed, time for the first request of a connection opened just before.
 LAST_CALL_S = 0.5
+
+
+class Stop(Exception):  # noqa: N818 - no error, but the end of a parsing
+    """Ends the parsing, from one of the parser's callbacks."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -161,43 +165,32 @@ class BoundedProtocol(HttpToolsProtocol):
         """Take a header, without the spaces around it (RFC 9110, 5.5), or pass over a trailer.
 
         Raises:
-            OverflowError: there are too many; it stops the parser.
+            Stop: there are too many.
         """
         if not self._in_headers:  # a trailer is none of them (RFC 9110, 6.5.1)
             return
         if len(self.headers) >= MAX_HEADERS:
-            self._refuse_headers()
-            raise OverflowError("too many headers")
+            self._refuse(*TOO_MANY_HEADERS)
+            raise Stop
         super().on_header(name, value.rstrip(b" \t"))
 
     def on_headers_complete(self) -> None:
         """Give the body its own time.
 
         Raises:
-            OverflowError: too many requests ahead of their answers, headers too large, a coding
-                that is none of ours, no one host, too long a target, or no probe where only those
-                are taken; it stops the parser.
+            Stop: too many requests ahead of their answers, an objection to the head, or no probe
+                where only those are taken.
         """
         if self._is_spare and self.url.partition(b"?")[0].decode("latin-1") not in OPEN_PATHS:
             self._refuse(*FULL)
-            raise OverflowError("this connection is for probes")
-        if len(self.url) > MAX_TARGET_BYTES:
-            self._refuse(414, "URI Too Long", f"At most {MAX_TARGET_BYTES} bytes.")
-            raise OverflowError("target too long")
-        size = len(self.url) + sum(map(len, chain.from_iterable(self.headers)))
-        if size + 4 * len(self.headers) > MAX_HEADER_BYTES:  # all of it in one read
-            self._refuse_headers()
-            raise OverflowError("headers too large")
+            raise Stop
         if len(self.pipeline) >= MAX_PIPELINED:
-            raise OverflowError("too many requests are pipelined")
-        if any(n == b"transfer-encoding" and v.lower() != b"chunked" for n, v in self.headers):
-            self._refuse(400, "Bad request", "The only Transfer-Encoding taken is chunked.")
-            raise OverflowError("a coding that is none of ours")
+            raise Stop  # which is a 400
         is_current = self.parser.get_http_version() == "1.1"
-        hosts = sum(name == b"host" for name, _ in self.headers)
-        if hosts > 1 or (is_current and not hosts):  # RFC 9112, 3.2
-            self._refuse(400, "Bad request", f"There {'are two Hosts' if hosts else 'is no Host'}.")
-            raise OverflowError("not one host")
+        objection = objection_to(self.url, self.headers, is_current=is_current)
+        if objection is not None:
+            self._refuse(*objection)
+            raise Stop
         if not is_current:
             self.expect_100_continue = False  # RFC 9110, 10.1.1: the client would not wait for it
         self._in_headers = False
@@ -294,7 +287,7 @@ class BoundedProtocol(HttpToolsProtocol):
         is_over = allowed < 0 or self._fruitless > MAX_HEADER_BYTES
         if is_over and not self.transport.is_closing():
             if self._in_headers:
-                self._refuse_headers()
+                self._refuse(*TOO_MANY_HEADERS)
             else:
                 self.transport.close()
 
@@ -460,11 +453,6 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.abort()
         else:
             self._watch = self.loop.call_later(WATCH_S, self._watch_client)
-
-    def _refuse_headers(self) -> None:
-        self._refuse(
-            431, "Headers too large", f"At most {MAX_HEADERS}, of {MAX_HEADER_BYTES} bytes."
-        )
 
     def _is_unread(self) -> bool:
         return self._begun or bool(self._backlog) or self.flow.read_paused

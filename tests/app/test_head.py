@@ -3,10 +3,11 @@
 from typing import Any
 
 import httptools
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from app.head import read_head
+from app.head import objection_to, read_head
 
 NAMES = st.sampled_from(
     [
@@ -109,3 +110,28 @@ def test_half_a_head() -> None:
     """A head that is not whole is left to the parser, wherever it was cut."""
     head = b"POST /classify HTTP/1.1\r\nHost: a\r\nContent-Length: 12\r\n\r\n"
     assert all(read_head(head[:end]) is None for end in range(len(head)))
+
+
+HOST = (b"host", b"here")
+
+
+@pytest.mark.parametrize(
+    ("target", "headers", "is_current", "status"),
+    [
+        (b"/" + b"a" * 1023, [HOST], True, None),
+        (b"/" + b"a" * 1024, [HOST], True, 414),
+        (b"/", [HOST, (b"x", b"a" * 65_518)], True, None),
+        (b"/", [HOST, (b"x", b"a" * 65_519)], True, 431),
+        (b"/", [HOST, (b"transfer-encoding", b"Chunked")], True, None),
+        (b"/", [HOST, (b"transfer-encoding", b"gzip, chunked")], True, 400),
+        (b"/", [], True, 400),
+        (b"/", [], False, None),
+        (b"/", [HOST, HOST], False, 400),
+    ],
+)
+def test_what_no_head_may_be(
+    target: bytes, headers: list[tuple[bytes, bytes]], is_current: bool, status: int | None
+) -> None:
+    """Target and headers have limits; one coding is taken, and one host, which HTTP/1.1 demands."""
+    found = objection_to(target, headers, is_current=is_current)
+    assert (found and found.status) == status
