@@ -168,6 +168,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Return any mode as RGB; whatever is transparent shows white."""
     if isinstance(image.info.get("transparency"), str):  # a PNG's text that happens to be named so
         del image.info["transparency"]
+    if (paper := quirks.frame_on_paper(image)) is not None:
+        return paper
     if image.mode.startswith("I"):
         return _eight_bit(image).convert("RGB")
     if image.has_transparency_data:

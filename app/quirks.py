@@ -4,6 +4,7 @@ from PIL import Image, ImageFile, ImagePalette
 
 _BITS_AT = {12: 24}  # by the size of a BMP's second header, where its pixels' bits are said
 _USUALLY_AT = 28
+_COVERED = "covered"  # in a GIF's `info`
 _INDICES = {1: "P;1", 4: "P;4", 8: "P"}  # Pillow's names, by bits
 
 
@@ -38,13 +39,20 @@ def load(image: ImageFile.ImageFile, data: bytes) -> None:
     image.load()
     if image.format == "PNG" and "transparency" in image.info:
         image.info["transparency"] = _transparent(image.info["transparency"], *data[24:26])
-    elif covered is not None and covered != (0, 0, *image.size) and not image.has_transparency_data:
-        # Around a first frame is nothing, and not the palette's first color.
-        frame = Image.new("L", image.size, 0)
-        frame.paste(255, covered)
-        image.putalpha(frame)
+    elif covered is not None and not image.has_transparency_data:
+        image.info[_COVERED] = covered  # around a first frame is nothing, not its first color
     elif image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():
         image.putalpha(255)  # nobody has filled it in
+
+
+def frame_on_paper(image: Image.Image) -> Image.Image | None:
+    """Return an opaque first frame that does not cover its picture, RGB on white; else nothing."""
+    covered = image.info.get(_COVERED) if image.format == "GIF" else None
+    if covered is None or covered == (0, 0, *image.size):
+        return None
+    paper = Image.new("RGB", image.size, "white")
+    paper.paste(image.crop(covered).convert("RGB"), covered[:2])
+    return paper
 
 
 def _transparent(samples: object, depth: int, color: int) -> object:

@@ -126,7 +126,8 @@ def _check_threads(settings: Settings) -> None:
         raise StartupError(
             f"MIXER_THREADS={settings.threads} MIXER_DECODE_THREADS={settings.decode_threads}: "
             f"they need {count} threads and processes, and the container or shell allows "
-            f"{len(started)} more (pids limit, ulimit -u): choose fewer, or allow more"
+            f"{len(started)} more (pids limit, ulimit -u; for memory -v and -d): choose fewer, or "
+            "allow more"
         ) from error
     finally:
         threading.stack_size(usual_bytes)
@@ -184,7 +185,7 @@ def _cannot_listen(settings: Settings, error: OSError | UnicodeError) -> Startup
     # A name with an impossible label is a UnicodeError.
     reason = error.strerror if isinstance(error, OSError) else "no name of a host"
     fix = "give a bare name or address of this host; the port is MIXER_PORT's"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(error, socket.gaierror):
         fix = _FIXES.get(error.errno or 0, fix)
     return StartupError(
         f"MIXER_HOST={settings.host} MIXER_PORT={settings.port}: cannot listen there ({reason}); "

@@ -73,7 +73,8 @@ def adapt(source: str, data: Path, output: Path, name: str | None) -> Adapted:
         raise ExportError(f"-o {output}: expected a file that ends in .onnx")
     if not output.parent.is_dir():
         raise ExportError(f"{output}: its folder does not exist")
-    labels.check_name(name or output.stem)
+    name = output.stem if name is None else name
+    labels.check_name(name)
     listing = dataset.find(data)
     labels.check(listing.classes)
     with _exported(source) as path:
@@ -90,7 +91,7 @@ def adapt(source: str, data: Path, output: Path, name: str | None) -> Adapted:
     features = _run(trunk, FEATURES, _patches(train, fed))  # [n, C]
     head = ridge.fit(features, train.labels, len(listing.classes))
     proto = _with_head(trunk, head)
-    new_card = _card(card, head, listing.classes, name or output.stem)
+    new_card = _card(card, head, listing.classes, name)
     sample = photo_like(1, fed, 0)
     logits = _run(proto, "logits", sample)
     share = golden.tolerance / max(float(np.abs(golden.logits()).max()), golden.tolerance)

@@ -45,7 +45,7 @@ def _convert(options: argparse.Namespace) -> None:
             "compare; add --precision int8 or fp16"
         )
     steps = 4 if options.precision == "fp32" else 7
-    name = options.name or output.stem
+    name = output.stem if options.name is None else options.name
     labels.check_name(name)
     with tqdm(total=steps, leave=False, disable=None, bar_format="{desc} {bar} {n}/{total}") as bar:
 

@@ -81,9 +81,10 @@ def check_name(name: str) -> None:
     Raises:
         ExportError: it could not be in an answer, or in a path.
     """
-    if "/" in name:
+    if "/" in name or name in ("", ".", ".."):
         raise ExportError(
-            f"--name {name}: expected no /, since the name is a part of the API's paths"
+            f"--name {name or repr(name)}: expected no /, nor dots alone, since the name is a part "
+            "of the API's paths"
         )
     check((name,))
 

@@ -89,8 +89,10 @@ def test_pictures_behind_an_engine_that_hangs(monkeypatch: pytest.MonkeyPatch) -
             assert await asyncio.to_thread(done.acquire, timeout=20)
         await classifier.in_decoder(lambda: None, math.inf)  # the last one is queued, too
         assert all(ref() is not None for ref in decoded)
+        shape = entries[1].picture.patches.shape
         for entry in entries[1:]:
             entry.release()
+        assert {entry.picture.patches.shape for entry in entries} == {shape}  # may yet be stacked
         kept = [ref() is not None for ref in decoded]
         go_on.set()
         await entries[0].future

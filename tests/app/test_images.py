@@ -142,6 +142,7 @@ def test_sampling_equals_resize_then_crop(
 )
 @example(65, 85, 64, 1.0, "bicubic", "crop")  # Pillow squeezes what is left the other way first
 @example(16, 44, 224, 0.875, "lanczos", "crop")  # samples look beyond the box
+@example(500, 571, 224, 0.99, "lanczos", "crop")
 def test_hard_edges(
     width: int, height: int, side: int, crop: float, interpolation: str, resize: str
 ) -> None:

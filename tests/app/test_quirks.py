@@ -30,9 +30,11 @@ def indexed(indices: NDArray[np.uint8], palette: bytes) -> Image.Image:
     return image
 
 
-def bmp(rows: bytes, bits: int, palette: bytes = b"", masks: tuple[int, ...] = ()) -> bytes:
+def bmp(
+    rows: bytes, bits: int, palette: bytes = b"", masks: tuple[int, ...] = (), compression: int = 0
+) -> bytes:
     """Return a BMP of 16 × 16 pixels, whose rows begin at the top."""
-    compression = 3 if masks else 0
+    compression = 3 if masks else compression
     header = struct.pack("<IiiHHIIiiII", 40, SIDE, -SIDE, 1, bits, compression, 0, 0, 0, 0, 0)
     if masks:  # BITMAPV4HEADER: the masks, and what nobody reads
         header = struct.pack("<I", 108) + header[4:] + struct.pack("<4I", *masks) + bytes(52)
@@ -52,6 +54,26 @@ def test_bmp_of_sixteen_greys() -> None:
     palette = b"".join(bytes((grey, grey, grey, 0)) for grey in range(16))
     rows = bytes((INDICES[:, ::2] << 4 | INDICES[:, 1::2]).astype(np.uint8))
     assert np.array_equal(seen(bmp(rows, 4, palette)), np.repeat(INDICES[..., None], 3, axis=2))
+
+
+def test_bmp_of_os2() -> None:
+    """The same, from OS/2, whose header is shorter and whose palette has three bytes a color."""
+    palette = b"".join(bytes((grey, grey, grey)) for grey in range(16))
+    rows = bytes((INDICES[::-1, ::2] << 4 | INDICES[::-1, 1::2]).astype(np.uint8))
+    header = struct.pack("<IHHHH", 12, SIDE, SIDE, 1, 4)
+    body = header + palette + rows
+    data = b"BM" + struct.pack("<IHHI", 14 + len(body), 0, 0, 14 + len(header + palette)) + body
+    assert np.array_equal(seen(data), np.repeat(INDICES[..., None], 3, axis=2))
+
+
+def test_bmp_in_runs() -> None:
+    """A BMP whose pixels are stored in runs, with black and white alone, is what it was."""
+    rows = INDICES // 8
+    runs = b"".join(b"".join(bytes((1, pixel)) for pixel in row) + b"\0\0" for row in rows)
+    palette = bytes(4) + b"\xff\xff\xff\0"
+    data = bytearray(bmp(runs + b"\0\1", 8, palette, compression=1))
+    data[46:50] = struct.pack("<I", 2)  # colors in the palette
+    assert np.array_equal(seen(bytes(data)), np.repeat(rows[..., None] * 255, 3, axis=2))
 
 
 def test_bmp_of_one_bit() -> None:

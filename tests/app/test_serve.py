@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app import start
+from app import serve, start
 from app.cpus import available_cpus
 from app.draining import DrainingServer
 from app.engine import OnnxEngine
@@ -128,17 +128,29 @@ def test_help_beside_an_unknown_setting() -> None:
 
 def test_settings_in_lower_case() -> None:
     """A setting's name in lower case is refused, not passed over; another program's is not ours."""
-    with pytest.raises(StartupError, match="mixer_max_batch=8: no such setting"):
-        read_settings([], {"mixer_max_batch": "8"})
+    for name in ("mixer_max_batch", "Mixer_Max_Batch"):
+        with pytest.raises(StartupError, match=f"{name}=8: no such setting"):
+            read_settings([], {name: "8"})
     assert read_settings([], {"mixer_volume": "8"}) == Settings()
 
 
-def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("told", ["Exception: std::bad_alloc", "error 12: Cannot allocate memory"])
+def test_too_little_memory(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
     """A model for which there is no memory is told as that, not as a broken one."""
-    no_memory = Mock(side_effect=RuntimeError("Exception: std::bad_alloc"))
+    no_memory = Mock(side_effect=RuntimeError(told))
     monkeypatch.setattr("onnxruntime.InferenceSession", no_memory)
     with pytest.raises(StartupError, match="too little memory to load it; allow more"):
         OnnxEngine(EMBEDDED_MODEL, "cpu", 1)
+
+
+def test_no_memory_to_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A start for which there is no memory ends in one line."""
+    monkeypatch.setattr("app.serve.read_settings", Mock(side_effect=MemoryError))
+    assert serve.main([]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "too little memory to start" in line
 
 
 def test_help_explains_every_setting_with_its_default() -> None:

@@ -212,6 +212,8 @@ def test_output_must_be_an_onnx_file(
     ("flag", "value", "said"),
     [
         ("--name", "owner/name", "--name owner/name: expected no /"),
+        ("--name", "..", "--name ..: expected no /"),
+        ("--name", "", "--name '': expected no /"),
         ("--name", "a\udcff", "'a\\udcff' is no Unicode"),
         ("--name", "a\x1b[2J", "'a\\x1b[2J' holds a control character"),
         (
