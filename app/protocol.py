@@ -37,6 +37,7 @@ from app.service import Service
 from app.settings import Settings
 from app.trace import new_trace
 from app.turns import TURN_S, Backlog
+from app.uploads import is_longer
 from app.usual import express
 
 # A chunk of one byte comes with five bytes of framing, six with zeros ahead; longer extensions and
@@ -196,12 +197,17 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_headers = False
         self._is_chunked = any(name == b"transfer-encoding" for name, _ in self.headers)
         self._clock.stop()  # `data_received` starts the body's, if the body is still to come
+        length = next((value for name, value in self.headers if name == b"content-length"), b"")
+        # Whatever the answer is, such a body is not read.
+        is_too_long = is_longer(length.decode("latin-1"), self.settings.max_upload_bytes)
         if (
             self.parser.get_method() == b"POST"
             and is_current
             # The first header of a name counts, as in Starlette.
             and self._by_express(
-                self.url, dict(reversed(self.headers)), self.parser.should_keep_alive()
+                self.url,
+                dict(reversed(self.headers)),
+                self.parser.should_keep_alive() and not is_too_long,
             )
         ):
             return
@@ -211,7 +217,12 @@ class BoundedProtocol(HttpToolsProtocol):
         except Exception:
             self._in_headers = True  # no request has come of them
             raise
-        if self.expect_100_continue or self.parser.should_upgrade() or self._is_spare:
+        if (
+            self.expect_100_continue
+            or self.parser.should_upgrade()
+            or self._is_spare
+            or is_too_long
+        ):
             # After an early answer nobody could tell whether the body still comes (RFC 9110,
             # 10.1.1), nor after an upgrade that we pass over, which protocol. And a place for a
             # probe is for the next probe.

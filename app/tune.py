@@ -5,6 +5,7 @@ the settings it recommends as an env file, and draws the curve.
 """
 
 import argparse
+import re
 import statistics
 import sys
 import time
@@ -33,6 +34,7 @@ WORTH = 0.05
 # batches of 4 is a tenth below that with 16, though the engine is as fast. So none smaller than the
 # default is recommended for its size alone: no batch waits for images that would fill it.
 USUAL_BATCH: int = Settings.model_fields["max_batch"].default
+_SHELLS = re.compile(r"[\s'\"$`\\;&|<>()]")  # more than themselves in an assignment
 BAR_CELLS = 24
 
 
@@ -43,7 +45,9 @@ def main(arguments: Sequence[str]) -> int:
     curve = options.output.with_suffix(".png")
     try:
         for path in (options.output, curve):  # a sweep may take minutes
-            _check_writable(path)
+            _check_writable(path.resolve())  # where a link leads
+        for path in filter(None, (options.model, options.tensorrt_cache)):
+            _check_legible(path.resolve())
         points, device = sweep(options)
         best = recommend(points, options.latency_ms)
         settings: dict[str, object] = {
@@ -152,6 +156,15 @@ def _check_writable(path: Path) -> None:
     path.open("a").close()
     if is_new:
         path.unlink()
+
+
+def _check_legible(path: Path) -> None:
+    """Raise StartupError if a shell would read the path in an env file otherwise than docker."""
+    if _SHELLS.search(str(path)):
+        raise StartupError(
+            f"{str(path)!r}: a shell would read it otherwise than docker from an env file; choose "
+            "a name without spaces, quotes and signs of the shell"
+        )
 
 
 class _Progress:

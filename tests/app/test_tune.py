@@ -212,6 +212,34 @@ def test_why_not_the_fastest(
     assert (f"{said}{latency_ms} ms\n" in capsys.readouterr().out) == is_said
 
 
+@pytest.mark.parametrize("name", ["two words", "$HOME", "a'b", "a\nMIXER_THREADS=9"])
+def test_paths_that_a_shell_reads_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    name: str,
+) -> None:
+    """A model whose path a shell would not read from the env file as docker does is refused."""
+    monkeypatch.setattr(tune, "sweep", Mock(return_value=(POINTS, "cpu")))
+    model = tmp_path / f"{name}.onnx"
+    model.write_bytes(b"")
+    output = tmp_path / "tuned.env"
+    assert tune.main([str(model), "-o", str(output)]) == 1
+    assert "a shell would read it otherwise" in capsys.readouterr().err
+    assert not output.exists()
+    model.rename(tmp_path / "plain-1.0.onnx")
+    assert tune.main([str(tmp_path / "plain-1.0.onnx"), "-o", str(output)]) == 0
+
+
+def test_links_are_kept(tmp_path: Path) -> None:
+    """An output that is a link to nothing is still that link when no sweep has begun."""
+    output = tmp_path / "tuned.env"
+    output.symlink_to(tmp_path / "elsewhere.env")
+    assert tune.main([str(tmp_path / "none.onnx"), "-o", str(output)]) == 1
+    assert output.is_symlink()
+    assert not output.exists()
+
+
 def test_paths_that_are_no_text(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -44,8 +44,10 @@ def main() -> None:
     swept = {batch: _loop(whole, batch, seconds) for batch in batches}
     best = min(swept, key=lambda batch: swept[batch]["cpu_ms"])
     patches = [work.prepare(photo) for photo in islice(photos, max(batches))]
+    first = work.prepare(load_photos(Path(sys.argv[1]))[0])
     measured: dict[str, Any] = {
         "best_batch": best,
+        "label": work.answer(work.infer([first])[0])["predictions"][0]["label"],
         "batched": swept[best],
         "single": swept[1],
         "decode": _loop(decode, 8 * cores, seconds),

@@ -25,6 +25,7 @@ class Bench:
     environments: dict[str, Path]  # by server
     bodies: dict[str, list[Path]]  # by server, its request bodies
     photo: bytes
+    label: str  # that the model finds in it
     variables: dict[str, str]  # BENCH_… for every server
     seconds: float  # of one load
     long_seconds: float  # of one that fills batches, which a large model takes long for
@@ -55,14 +56,15 @@ def open_loops(bench: Bench, server: Server, rates: list[float]) -> Figures:
 def front_end(bench: Bench, server: Server, cores: frozenset[int]) -> Figures:
     """Return what the server feeds when it may use only `cores`."""
     with running(
-        server, bench.environments[server.name], bench.variables, bench.photo, cores
+        server, bench.environments[server.name], bench.variables, bench.photo, "", cores
     ) as running_server:
         _load(bench, server, running_server, 32, 0.0, WARM_UP_S)
         return _load(bench, server, running_server, 32, 0.0)
 
 
 def _visit(bench: Bench, server: Server) -> Any:
-    return running(server, bench.environments[server.name], bench.variables, bench.photo)
+    environment = bench.environments[server.name]
+    return running(server, environment, bench.variables, bench.photo, bench.label)
 
 
 def _load(

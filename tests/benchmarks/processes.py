@@ -68,9 +68,9 @@ class Running:
     process: psutil.Process
 
     def cpu_s(self) -> float:
-        """Return the CPU seconds of all its processes so far."""
+        """Return the CPU seconds of all its processes so far, of those that have ended, too."""
         times = [process.cpu_times() for process in self._processes()]
-        return sum(t.user + t.system for t in times)
+        return sum(t.user + t.system + t.children_user + t.children_system for t in times)
 
     def pss_bytes(self) -> int:
         """Return its memory, each shared page divided by its sharers."""
@@ -86,9 +86,14 @@ def running(
     environment: Path,
     variables: dict[str, str],
     photo: bytes,
+    label: str,
     cores: frozenset[int] | None = None,
 ) -> Iterator[Running]:
-    """Start a server, wait for its first answer to a photo, and stop it with all its processes."""
+    """Start a server, wait until it finds `label` in a photo, and stop it with all its processes.
+
+    Raises:
+        BenchmarkError: it ends, is not ready for long, or does not find the label.
+    """
     port = _free_port()
     words = {
         "bin": str(environment / "bin"),
@@ -112,11 +117,14 @@ def running(
     watched = psutil.Process(process.pid)
     family = [watched]
     try:
-        while not _answers(server, port, photo):
+        while (answer := _answer(server, port, photo)) is None:
             if process.poll() is not None or time.perf_counter() > begin + START_TIMEOUT_S:
                 raise BenchmarkError(f"{server.name} does not start: see {log}")
             time.sleep(0.02)
-        yield Running(port, time.perf_counter() - begin, watched)
+        ready_s = time.perf_counter() - begin
+        if process.poll() is not None or label.encode() not in answer:
+            raise BenchmarkError(f"{server.name} does not find '{label}': {answer[:300]!r}")
+        yield Running(port, ready_s, watched)
     finally:
         if process.poll() is None:
             family += watched.children(recursive=True)
@@ -125,19 +133,22 @@ def running(
         for left in alive:
             left.kill()
         process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # whom a server that has died has left behind
 
 
-def _answers(server: Server, port: int, photo: bytes) -> bool:
-    """Return whether a real photo gets an answer."""
+def _answer(server: Server, port: int, photo: bytes) -> bytes | None:
+    """Return what a real photo gets with status 200, if it does."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_TIMEOUT_S)
     body = server.body(photo)
     head = server.head(port).replace("{length}", str(len(body))).split("\r\n")[1:]
     headers = dict(line.split(": ", 1) for line in head if line)
     try:
         connection.request("POST", server.path, body, headers)
-        return connection.getresponse().status == 200
+        response = connection.getresponse()
+        return response.read() if response.status == 200 else None
     except (OSError, http.client.HTTPException):
-        return False
+        return None
     finally:
         connection.close()
 

@@ -48,6 +48,29 @@ def test_declared_length_is_refused_unread(fake: Start, figure: Figure) -> None:
         assert growth < 16
 
 
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"POST /classify/batch HTTP/1.1\r\nContent-Type: image/jpeg\r\n", 415),
+        (b"POST /classify HTTP/1.1\r\nContent-Encoding: gzip\r\n", 415),
+        (b"POST /classify HTTP/1.1\r\nX-Request-Timeout-Ms: soon\r\n", 422),
+        (b"POST /nothing HTTP/1.1\r\n", 404),
+        (b"GET /livez HTTP/1.1\r\n", 200),
+    ],
+)
+def test_declared_length_behind_another_answer(fake: Start, head: bytes, status: int) -> None:
+    """A body that declares ten gigabytes is not read, whatever else its request is answered."""
+    with fake() as server, dial(server.url) as client:
+        client.sendall(head + b"Host: test\r\nContent-Length: 10000000000\r\n\r\n")
+        answer = read_answer(client)
+        assert int(answer[9:12]) == status
+        sent = 0
+        with contextlib.suppress(OSError):
+            while sent < 64 * LIMIT:
+                sent += client.send(bytes(65536))
+        assert sent < 16 * LIMIT  # in the kernel's buffers
+
+
 @pytest.mark.parametrize("path", ["/classify", "/explain"])
 @pytest.mark.parametrize(
     ("digits", "status"), [("0" * 5000 + "{}", 200), ("0" * 5000 + "9" * 19, 413)]

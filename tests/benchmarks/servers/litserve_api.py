@@ -7,7 +7,7 @@ import numpy as np
 from fastapi import Request
 from numpy.typing import NDArray
 
-from tests.benchmarks.servers.work import MAX_BATCH, PORT, WINDOW_MS, Work
+from tests.benchmarks.servers.work import MAX_BATCH, PORT, Work
 
 
 class Classify(litserve.LitAPI):
@@ -39,6 +39,6 @@ class Classify(litserve.LitAPI):
 
 
 if __name__ == "__main__":
-    api = Classify(max_batch_size=MAX_BATCH, batch_timeout=WINDOW_MS / 1000)
+    api = Classify(max_batch_size=MAX_BATCH)
     server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1)
     server.run(host="127.0.0.1", port=PORT, log_level="warning", generate_client_file=False)

@@ -10,7 +10,7 @@ import numpy as np
 from mosec import Server, Worker
 from numpy.typing import NDArray
 
-from tests.benchmarks.servers.work import MAX_BATCH, WINDOW_MS, Preparation, Work
+from tests.benchmarks.servers.work import MAX_BATCH, Preparation, Work
 
 
 class Preprocess(Worker):
@@ -44,5 +44,5 @@ class Inference(Worker):
 if __name__ == "__main__":
     server = Server()
     server.append_worker(Preprocess, num=len(os.sched_getaffinity(0)))
-    server.append_worker(Inference, num=1, max_batch_size=MAX_BATCH, max_wait_time=WINDOW_MS)
+    server.append_worker(Inference, num=1, max_batch_size=MAX_BATCH)
     server.run()

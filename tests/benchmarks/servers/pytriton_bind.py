@@ -11,7 +11,7 @@ from pytriton.decorators import batch
 from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
 from pytriton.triton import Triton, TritonConfig
 
-from tests.benchmarks.servers.work import MAX_BATCH, PORT, WINDOW_MS, Work
+from tests.benchmarks.servers.work import MAX_BATCH, PORT, Work
 
 work = Work()
 decoders = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
@@ -42,7 +42,7 @@ if __name__ == "__main__":
             outputs=[Tensor(name="answer", dtype=bytes, shape=(1,))],
             config=ModelConfig(
                 max_batch_size=MAX_BATCH,
-                batcher=DynamicBatcher(max_queue_delay_microseconds=WINDOW_MS * 1000),
+                batcher=DynamicBatcher(),
             ),
             strict=False,
         )

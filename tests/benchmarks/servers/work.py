@@ -28,8 +28,6 @@ from app.model_card import Preprocessing, read_metadata
 
 PORT = int(os.environ.get("BENCH_PORT", "8000"))
 MAX_BATCH = int(os.environ.get("BENCH_MAX_BATCH", "16"))
-# What a peer that gathers by a fixed window may wait; their documentations' examples say 10 to 50.
-WINDOW_MS = 10
 MAX_PIXELS = 50_000_000
 
 
