@@ -28,9 +28,8 @@ def _keep_indices(image: ImageFile.ImageFile, bits: int) -> None:
     image._mode = "P"  # there is no public way
     image.palette = ImagePalette.raw("RGB", bytes(grey for grey in greys for _ in range(3)))
     [tile] = image.tile
-    if tile.codec_name == "raw":
-        assert isinstance(tile.args, tuple)
-        image.tile = [tile._replace(args=(_INDICES[bits], *tile.args[1:]))]
+    assert isinstance(tile.args, tuple)
+    image.tile = [tile._replace(args=(_INDICES[bits], *tile.args[1:]))]
 
 
 def load(image: ImageFile.ImageFile, data: bytes) -> None:

@@ -251,9 +251,9 @@ def test_dead_spare_work_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         explaining.cancel()
         await asyncio.wait([explaining])
         del explaining
+        assert held() is None
         turns.release()
         assert await asyncio.to_thread(begun.acquire, timeout=10)
-        assert held() is None
         assert not classifier._batcher._spare
         turns.release()
         await asyncio.gather(*tasks)
