@@ -50,8 +50,9 @@ class Server:
 
     def peak_mib(self) -> float:
         """Return the most physical memory that each of them has ever held, added up, in MiB."""
-        kib = (int(_read(pid, "status").partition("VmHWM:")[2].split()[0]) for pid in self.pids())
-        return sum(kib) / 1024
+        # One that has just ended has no memory, and no such line.
+        kib = (re.search(r"VmHWM:\s*(\d+)", _read(pid, "status")) for pid in self.pids())
+        return sum(int(found[1]) for found in kib if found) / 1024
 
     def pids(self) -> list[int]:
         """Return the service's own process and all below it, the decoders."""
