@@ -76,6 +76,16 @@ def test_bmp_in_runs() -> None:
     assert np.array_equal(seen(bytes(data)), np.repeat(rows[..., None] * 255, 3, axis=2))
 
 
+def test_bmp_of_one_bit_and_many_greys() -> None:
+    """A BMP of one bit a pixel whose palette holds 256 greys is read by its palette."""
+    bits = INDICES % 2
+    rows = b"".join(np.packbits(row).tobytes().ljust(4, b"\0") for row in bits)
+    palette = b"".join(bytes((grey, grey, grey, 0)) for grey in range(256))
+    data = bytearray(bmp(rows, 1, palette))
+    data[46:50] = struct.pack("<I", 256)  # colors in the palette
+    assert np.array_equal(seen(bytes(data)), np.repeat(bits[..., None], 3, axis=2))
+
+
 def test_bmp_of_one_bit() -> None:
     """A BMP of one bit a pixel, black and white, is what it was."""
     mask = Image.fromarray(INDICES % 2 * 255).convert("1")
