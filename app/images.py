@@ -32,6 +32,9 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# How much larger than the resize libjpeg leaves a photo: the gap of Pillow's own thumbnails. At 1/8
+# it averages squares of pixels, and where the resize has nothing left to do, that is what is seen.
+_MARGIN = 2
 # What a PNG's profile or text may unpack to. Pillow's own limit of 1 MiB refuses sound pictures
 # whose profile is a large table, as monitors' and printers' are.
 PngImagePlugin.MAX_TEXT_CHUNK = 8 * 2**20
@@ -52,7 +55,7 @@ def decode(
 ) -> Picture:
     """Decode an upload into patches exactly as the model card says.
 
-    `draft` lets libjpeg decode a large JPEG at 1/2, 1/4 or 1/8 scale, never below the resize.
+    `draft` lets libjpeg decode a large JPEG at 1/2, 1/4 or 1/8 scale, never below twice the resize.
 
     Raises:
         EmptyBody: there is nothing to decode.
@@ -119,10 +122,10 @@ def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
 
 
 def _smallest(width: int, height: int, turn: int, preprocessing: Preprocessing) -> tuple[int, int]:
-    """Return the size, as stored, below which libjpeg must not scale: that of the resize."""
-    if turn in SIDEWAYS:
-        return geometry(height, width, preprocessing).scaled[::-1]
-    return geometry(width, height, preprocessing).scaled
+    """Return the size, as stored, below which libjpeg must not scale."""
+    shown = (height, width) if turn in SIDEWAYS else (width, height)
+    across, down = (_MARGIN * length for length in geometry(*shown, preprocessing).scaled)
+    return (down, across) if turn in SIDEWAYS else (across, down)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -208,6 +208,19 @@ def test_draft_samples_the_same_place(size: tuple[int, int], turn: int) -> None:
     assert np.abs(drafted - plain).mean() < 1  # 3 where the part of a last pixel counts as a whole
 
 
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+@pytest.mark.parametrize("size", [(256, 256), (280, 700), (700, 280), (400, 400)])
+def test_draft_keeps_fine_detail(size: tuple[int, int], mode: str) -> None:
+    """A JPEG decoded at a part of its size leaves the resize at least half of the way down."""
+    preprocessing = Preprocessing(image_size=32, patch_size=8, crop_fraction=1.0)
+    grain = np.random.default_rng(0).integers(0, 256, (50, 50, 3), dtype=np.uint8)
+    grainy = Image.fromarray(grain).resize(size, Image.Resampling.BICUBIC).convert(mode)
+    data = encode(grainy, "JPEG", quality=95)
+    drafted = decode(data, preprocessing, PIXELS).patches.astype(int)
+    plain = decode(data, preprocessing, PIXELS, draft=False).patches.astype(int)
+    assert 0 < np.abs(drafted - plain).mean() < 2  # 3 to 9 where libjpeg goes all the way
+
+
 @pytest.mark.parametrize("size", [(300, 500), (300, 610), (300, 615), (300, 1100), (600, 1300)])
 def test_hard_edges_of_tall_pictures(size: tuple[int, int]) -> None:
     """Black and white overshoot as in a whole resize, which squeezes a tall picture otherwise."""
