@@ -6,7 +6,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from app.start import open_standard_streams
 
@@ -21,10 +22,21 @@ UNREAD = 128 + 13  # nobody reads what a command writes: as a shell reports SIGP
 class Arguments(argparse.ArgumentParser):
     """A parser that names what is wrong and where help is, without a page of usage before it."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        told = f"{self.prog} {version('mixer-serve')}"
+        self.add_argument("--version", action="version", version=told, help="show it and exit")
+
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
         line = " ".join(message.split())  # an argument may hold line breaks
         self.exit(2, f"{self.prog}: {line}; see {self.prog} --help\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Exit, unless standard output cannot take what was written to it."""
+        with standard_output(self.prog):
+            pass  # the version waits to be flushed
+        super().exit(status, message)
 
     def print_help(self, file: "SupportsWrite[str] | None" = None) -> None:
         """Write the help, or say why it cannot be written."""

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +51,7 @@ def test_termination_leaves_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("-m", "model_export.cli", "inspect", MODEL),
         ("-m", "model_export.cli", "convert", "--help"),
         ("-m", "model_export.train", "--help"),
+        ("-m", "model_export.cli", "--version"),
     ],
 )
 def test_output_that_takes_nothing(command: tuple[str, ...]) -> None:
@@ -99,6 +101,25 @@ def test_terminal_that_lacks_a_character() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "deer, \\u2026\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ("mixer-serve", "app.serve"),
+        ("mixer-serve tune", "app.serve tune"),
+        ("mixer-classify", "app.client.command"),
+        ("mixer-export", "model_export.cli"),
+        ("mixer-export inspect", "model_export.cli inspect"),
+        ("mixer-train", "model_export.train"),
+    ],
+)
+def test_version(command: str, module: str) -> None:
+    """Each command tells the version of the package, and nothing else."""
+    words = [sys.executable, "-m", *module.split(), "--version"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{command} {version('mixer-serve')}\n"
 
 
 @pytest.mark.parametrize(
