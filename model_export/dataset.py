@@ -4,10 +4,10 @@ Nothing here needs torch.
 """
 
 import hashlib
-import io
 import lzma
 import os
 import tarfile
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +20,7 @@ from model_export.errors import ExportError
 
 _TRAIN = "train"
 _LARGEST_BYTES = 256 * 2**20  # of a picture's file
+_PIECE_BYTES = 2**20
 _TEST = ("test", "val", "validation")
 
 
@@ -104,7 +105,7 @@ def walk(path: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
         return _walk_folder(path) if path.is_dir() else _walk_tar(path)
     except FileNotFoundError as error:
         raise ExportError(f"{path}: no such folder or tar") from error
-    except (tarfile.TarError, lzma.LZMAError, OSError, EOFError) as error:
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, OSError, EOFError) as error:
         raise ExportError(f"{path}: not a readable folder or tar ({first_line(error)})") from error
 
 
@@ -184,11 +185,14 @@ def _members(
                 target = PurePosixPath(os.path.normpath(beside / member.linkname))
                 if target in files:
                     files[name] = files[target]
-        # Where a plain tar is cut between two members, tarfile takes it for whole.
-        if isinstance(archive.fileobj, io.BufferedReader):
-            archive.fileobj.seek(archive.offset)
-            if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise ExportError(f"{path}: is cut off, it has no end mark")
+        # Where a tar is cut off, or a member is damaged, tarfile takes what it has read for all.
+        content = archive.fileobj
+        if content is not None:
+            content.seek(archive.offset)
+            if content.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise ExportError(f"{path}: is cut off or damaged, it has no end mark")
+            while content.read(_PIECE_BYTES):
+                pass  # a checksum comes last
     return files, folders
 
 

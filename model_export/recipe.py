@@ -13,6 +13,9 @@ from pydantic_core import ErrorDetails
 
 from model_export.errors import ExportError
 
+# Twice the largest Mixer ever published (448 px), and a sample picture is still only 3 MB.
+LARGEST_IMAGE = 1024
+
 Variant = Literal["S/32", "S/16", "B/32", "B/16", "L/32", "L/16", "H/14"]
 DIMENSIONS = ("image_size", "patch", "hidden", "blocks", "token_mlp", "channel_mlp")
 
@@ -31,7 +34,9 @@ class Recipe(BaseModel):
         description="checkpoint to fine-tune: whatever mixer-export convert reads; it gets a new "
         "head and fixes all dimensions",
     )
-    image_size: int = Field(default=32, ge=1, le=4096, description="side of the input in pixels")
+    image_size: int = Field(
+        default=32, ge=1, le=LARGEST_IMAGE, description="side of the input in pixels"
+    )
     patch: int = Field(default=4, ge=1, le=512, description="side of a patch in pixels")
     hidden: int = Field(default=128, ge=1, le=16384, description="channels C of one token")
     blocks: int = Field(default=8, ge=1, le=256, description="number of mixer blocks")

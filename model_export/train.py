@@ -5,6 +5,7 @@ gives an exported model other classes from a few pictures of each, within second
 """
 
 import argparse
+import re
 import signal
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from app.cpus import available_cpus
 from model_export.errors import ExportError
 from model_export.recipe import Recipe
 
+# torch's words for it, on a CPU and on a GPU.
+_NO_MEMORY = re.compile("allocate memory|out of memory")
 _SIGNALLED = 128  # a shell's exit code for a signal is this plus its number
 
 
@@ -33,6 +36,13 @@ def main(arguments: list[str] | None = None) -> int:
     except (ExportError, OSError) as error:
         drop_output()
         sys.stderr.write(f"mixer-train: {error}\n")
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        sys.stderr.write(
+            "mixer-train: there is too little memory; a smaller --batch-size or model needs less\n"
+        )
         return 1
     except KeyboardInterrupt as stop:
         sys.stderr.write(f"mixer-train: {str(stop) or 'stopped before anything was trained'}\n")

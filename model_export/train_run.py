@@ -11,7 +11,16 @@ import torch
 from tqdm import tqdm
 
 from app.model_card import Preprocessing
-from model_export import augment, checkpoints, dataset, decoded, recipe, train_model, train_report
+from model_export import (
+    augment,
+    checkpoints,
+    dataset,
+    decoded,
+    labels,
+    recipe,
+    train_model,
+    train_report,
+)
 from model_export.dataset import Listing
 from model_export.decoded import Pictures, Skipped
 from model_export.errors import ExportError
@@ -51,6 +60,7 @@ def train(request: Request) -> int | None:
     torch.set_num_threads(request.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     listing = dataset.find(request.data)
+    labels.check(listing.classes)  # what it ends in is to be converted
     if request.resume:
         folder = RunFolder(request.output, resume=True)
         state = folder.load_state()

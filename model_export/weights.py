@@ -10,11 +10,10 @@ from torch import Tensor
 
 from model_export.errors import ExportError
 from model_export.mixer import Mixer, MixerConfig
+from model_export.recipe import LARGEST_IMAGE
 from model_export.stored import Tensors
 
 Shape = tuple[int, ...]
-# Twice the largest Mixer ever published (448 px), and a sample picture is still only 3 MB.
-_LARGEST_IMAGE = 1024
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,10 @@ class Naming:
                 f"tensor {self.theirs(ours)} has shape {shape}: {tokens} tokens, "
                 "expected a square number of them"
             )
-        if side * patch_size > _LARGEST_IMAGE:
+        if side * patch_size > LARGEST_IMAGE:
             raise ExportError(
                 f"tensor {self.theirs(ours)} has shape {shape}: images of {side * patch_size} px, "
-                f"expected at most {_LARGEST_IMAGE}"
+                f"expected at most {LARGEST_IMAGE}"
             )
         return side * patch_size
 

@@ -16,20 +16,30 @@ logger = logging.getLogger(__name__)
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
 LONGEST_BUSY_WAIT_S = 4.0  # of a server that says when to come back, unless it says more
+# So often one image may meet a connection that breaks, if the server is there. What is too large is
+# refused while it is sent, and the break overtakes the refusal.
+BREAKS = 3
 MAX_PORT = 65_535
 # Ours, or of a balancer in front whose server is just starting.
 BUSY = frozenset({408, 429, 502, 503, 504})
 
 
+class _Name(BaseModel):
+    name: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
 class _Answer(BaseModel):
     """What is needed of an answer of ours; a stranger's may be anything."""
 
+    model: _Name
     predictions: list[Prediction]
 
 
-class _Model(BaseModel):
-    name: str
-    version: str
+class _Card(_Name):
     labels: list[str]
 
 
@@ -79,8 +89,8 @@ class RemoteClassifier:
         """
         try:
             answer = await self._ask("GET", "/model")
-            card = _Model.model_validate_json(answer.content)
-            self.model = f"{card.name}@{card.version}"
+            card = _Card.model_validate_json(answer.content)
+            self.model = str(card)
             self.top_k = min(self._top_k, len(card.labels))
         except (ImageError, ValidationError) as error:
             await self._client.aclose()
@@ -100,13 +110,26 @@ class RemoteClassifier:
 
         Raises:
             ImageError: the server refuses this image, stays busy, or gives no answer of ours.
-            ServerError: it cannot be reached any more, or wants a key.
+            ServerError: it cannot be reached any more, wants a key, or serves another model now.
         """
         answer = await self._ask("POST", f"/classify?top_k={self.top_k}", data)
         try:
-            return _Answer.model_validate_json(answer.content).predictions
+            found = _Answer.model_validate_json(answer.content)
         except ValidationError:
             raise ImageError("the answer cannot be read: it is no Mixer Serve's") from None
+        if str(found.model) != self.model:
+            raise ServerError(
+                f"{self._client.base_url}: {found.model} is served there now, and the results are "
+                f"those of {self.model}"
+            )
+        return found.predictions
+
+    async def _is_there(self) -> bool:
+        """Return whether the server answers what is small."""
+        try:
+            return (await self._client.get("/model")).is_success
+        except httpx2.HTTPError:
+            return False
 
     async def _ask(self, method: str, path: str, data: bytes | None = None) -> httpx2.Response:
         """Send one request, again as often and as late as it takes."""
@@ -121,6 +144,12 @@ class RemoteClassifier:
                 # For good, and not to be quoted: what cannot be sent may be a key.
                 raise ServerError(f"{self._client.base_url}: no request can be sent") from None
             except httpx2.TransportError as error:
+                tried = attempt == min(BREAKS, self._retries)
+                if tried and data is not None and await self._is_there():
+                    raise ImageError(
+                        f"the server breaks off while these {len(data)} bytes are sent: they may "
+                        "be too many"
+                    ) from None
                 if last:
                     reason = str(error) or type(error).__name__
                     raise ServerError(f"{self._client.base_url}: {reason}") from None

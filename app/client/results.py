@@ -136,7 +136,10 @@ def finished(file: Path, output_format: OutputFormat, model: str, top_k: int) ->
         text = stream.read()
     kept, paths = [], set()
     whole = text[: text.rfind("\n") + 1]
+    begun = _csv_row(_csv_header(top_k)) if output_format == "csv" else '{"path": "'
     try:
+        if not whole and not begun.startswith(text[: len(begun)]):
+            raise ValueError("no line of ours was cut off there")
         rows = list(_json_rows(whole) if output_format == "jsonl" else _csv_rows(whole))
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error):
         raise OtherModelError(f"{file} holds no results in {output_format}") from None

@@ -42,6 +42,10 @@ from tests.processes import ROOT, Server, serving
 
 MODULE = "app.client.command"
 MODEL = str(ROOT / "app" / "models" / "mixer-cifar10.onnx")
+BUSY_ANSWER = (
+    b'{"model": {"name": "busy", "version": "1"},'
+    b' "predictions": [{"label": "x", "index": 0, "score": 1.0}]}'
+)
 
 
 def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -203,6 +207,8 @@ def test_output_that_is_no_file(flags: list[str], folder: Path, tmp_path: Path) 
         ("csv", "path,model,label_1,score_1,label_2,score_2,error\n", "another --top-k"),
         ("jsonl", '{"path": "x", "model": "MODEL", "predictions": []}\n', "another --top-k"),
         ("table", "something dear\n", "is there already"),
+        ("csv", "something dear", "holds no results in csv"),
+        ("jsonl", '{"path":"dear"}', "holds no results in jsonl"),
     ],
 )
 def test_file_of_something_else(
@@ -472,12 +478,13 @@ def test_api_key_files(content: bytes, said: str | None, folder: Path, tmp_path:
     [
         b"<html>",
         b"{}",
-        b'{"predictions": [1]}',
+        b'{"predictions": [{"label": "x", "index": 0, "score": 1}]}',
+        b'{"model": {"name": "busy", "version": "1"}, "predictions": [1]}',
         b"null",
         b"[" * 100_000,
-        b'{"predictions": [{"label": 1, "index": 0, "score": 1}]}',
-        b'{"predictions": [{"label": "x", "index": 0, "score": NaN}]}',
-        b'{"predictions": [{"label": "\\ud800", "index": 0, "score": 1}]}',
+        BUSY_ANSWER.replace(b'"x"', b"1"),
+        BUSY_ANSWER.replace(b"1.0", b"NaN"),
+        BUSY_ANSWER.replace(b'"x"', b'"\\ud800"'),
     ],
 )
 def test_answer_of_somebody_else(answer: bytes, folder: Path) -> None:
@@ -490,10 +497,32 @@ def test_answer_of_somebody_else(answer: bytes, folder: Path) -> None:
     assert all("no Mixer Serve's" in str(row["error"]) for row in found)
 
 
+def test_server_that_changes_its_model(folder: Path) -> None:
+    """Where another model answers than at first, no result of it gets the first one's name."""
+    with busy_server(answer=BUSY_ANSWER.replace(b'"1"', b'"2"')) as (url, _):
+        done = run(url, folder, "--format", "jsonl")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "busy@2 is served there now, and the results are those of busy@1" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("retries", [0, 4])
+def test_image_that_is_too_large(live: Server, folder: Path, retries: int) -> None:
+    """An upload that the server breaks off fails alone, and is not sent for minutes."""
+    (folder / "large.png").write_bytes(bytes(60_000_000))
+    done = run(live.url, folder, "--format", "jsonl", "--retries", retries)
+    assert done.returncode == 1, done.stderr
+    found = by_name(done.stdout)
+    assert len(found) == 5
+    assert "60000000 bytes are sent: they may be too many" in str(found["large.png"]["error"])
+    assert [name for name, row in found.items() if "error" in row] == ["large.png"]
+
+
 def test_labels_do_not_steer_a_terminal(folder: Path) -> None:
     """What a stranger's server calls an image stays one line, without control characters."""
     one = {"label": "\x1b[2Jcat\n/etc/passwd  dog 100%\u202e", "index": 0, "score": 1.0}
-    with busy_server(answer=json.dumps({"predictions": [one]}).encode()) as (url, _):
+    answer = json.loads(BUSY_ANSWER) | {"predictions": [one]}
+    with busy_server(answer=json.dumps(answer).encode()) as (url, _):
         done = run(url, folder / "a.png")
     assert done.stdout.count("\n") == 1
     assert "\ufffd[2Jcat\ufffd/etc/passwd  dog 100%\ufffd" in done.stdout
@@ -502,7 +531,8 @@ def test_labels_do_not_steer_a_terminal(folder: Path) -> None:
 def test_answer_of_a_later_version(folder: Path) -> None:
     """Members that a later server may add are passed over."""
     one = {"label": "x", "index": 0, "score": 1.0, "more": []}
-    with busy_server(answer=json.dumps({"predictions": [one]}).encode()) as (url, _):
+    answer = json.loads(BUSY_ANSWER) | {"predictions": [one], "more": {}}
+    with busy_server(answer=json.dumps(answer).encode()) as (url, _):
         done = run(url, folder / "a.png", "--format", "jsonl")
     assert done.returncode == 0
     assert by_name(done.stdout)["a.png"]["predictions"] == [
@@ -558,7 +588,7 @@ def busy_server(
     refusals: int = 0,
     delay_s: float = 0.0,
     under_way: list[int] | None = None,
-    answer: bytes = b'{"predictions": [{"label": "x", "index": 0, "score": 1.0}]}',
+    answer: bytes = BUSY_ANSWER,
 ) -> Iterator[tuple[str, list[float]]]:
     """Serve `answer`, the first so many times 429; yield address and request times.
 

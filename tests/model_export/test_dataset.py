@@ -108,6 +108,35 @@ def test_truncated_archive_is_refused(tmp_path: Path) -> None:
         dataset.find(path)
 
 
+@pytest.mark.parametrize("fill", [0x00, 0x55, 0xFF])
+def test_damaged_gzip_is_refused(tmp_path: Path, fill: int) -> None:
+    """A compressed tar whose middle is damaged is not taken for a smaller one."""
+    path = tmp_path / "set.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for number in range(80):
+            add(tar, f"{'ab'[number % 2]}/{number}", np.random.default_rng(number).bytes(2000))
+    whole = path.read_bytes()
+    assert len(dataset.find(path).train) == 80
+    third = len(whole) // 3
+    path.write_bytes(whole[:third] + bytes([fill]) * 3000 + whole[third + 3000 :])
+    with pytest.raises(ExportError, match=r"damaged|not a readable folder or tar"):
+        dataset.find(path)
+
+
+@pytest.mark.parametrize("kind", ["", ":gz", ":bz2", ":xz"])
+def test_checksum_behind_the_last_picture(tmp_path: Path, kind: str) -> None:
+    """A tar with a picture that is not as its checksum says is refused, compressed or not cut."""
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, f"w{kind}") as tar:  # type: ignore[call-overload] # one of its modes
+        add(tar, "a/1", bytes(100))
+        add(tar, "b/1", bytes(100))
+    assert len(dataset.find(path).train) == 2
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8] if kind else whole[:-10240])  # a plain tar has no checksum
+    with pytest.raises(ExportError, match=r"damaged|not a readable folder or tar"):
+        dataset.find(path)
+
+
 def test_measured_pictures_have_the_class_that_training_gives_them(tmp_path: Path) -> None:
     """Pictures in folders inside a class are measured as that class."""
     lay(tmp_path, "train/x/1", "train/y/2", "test/x/s/3", "test/y/4")

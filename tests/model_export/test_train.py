@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -357,6 +358,40 @@ def test_impossible_data_is_refused(tmp_path: Path, refusal: Callable[..., str])
     assert "not a readable folder or tar" in refusal(tmp_path / "broken.tar.xz", *output)
 
 
+def test_class_that_no_answer_could_name_is_refused(
+    images: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    """A class's name that could not be converted is refused before anything is trained."""
+    data = shutil.copytree(images, tmp_path / "data")
+    for split in ("train", "test"):
+        (data / split / CLASSES[0]).rename(data / split / "a\tb")
+    assert "control character" in refusal(data, "-o", tmp_path / "run", *QUICK)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] data. DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+    ],
+)
+def test_too_little_memory(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, refusal: Callable[..., str]
+) -> None:
+    """Too little memory for a recipe is one line that says what needs less."""
+    monkeypatch.setattr("model_export.train_run.train", Mock(side_effect=error))
+    assert "a smaller --batch-size" in refusal("photos", "-o", "run")
+
+
+def test_other_errors_are_bugs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any other error of torch keeps its traceback."""
+    monkeypatch.setattr("model_export.train_run.train", Mock(side_effect=RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["photos", "-o", "run"])
+
+
 def test_runs_are_not_mixed_up(run: Path, images: Path, refusal: Callable[..., str]) -> None:
     """An existing run is not overwritten, nor resumed with other numbers or other pictures."""
     assert "--resume goes on with it" in refusal(images, "-o", run, *QUICK)
@@ -393,6 +428,7 @@ def test_resume_needs_the_same_pictures(
     ("flags", "said"),
     [
         (["--image-size", "30"], "not a multiple of 4"),
+        (["--image-size", "1056"], "less than or equal to 1024"),
         (["--variant", "S/16", "--hidden", "64"], "variant fixes the model's dimensions"),
         (["--lr", "-1"], "lr -1.0: Input should be greater than 0"),
         (["--min-lr", "1"], "min_lr 1 is above lr 0.001"),
