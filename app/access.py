@@ -16,10 +16,10 @@ from starlette.datastructures import Headers
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import Fault, NotReady
+from app.errors import CLIENT_GONE, GONE, Fault, NotReady
 from app.logs import write_request
 from app.metrics import Metrics
-from app.routes.problems import CLIENT_GONE, GONE, answer_to
+from app.routes.problems import answer_to
 from app.spans import Spans
 from app.trace import Trace, begin
 
@@ -35,6 +35,7 @@ SECURITY_HEADERS = {
 REQUEST_ID_HEADER = "X-Request-ID"
 UNMATCHED = "unmatched"  # the route of a request for something that is not there
 PAGE = "page"  # GET /, where POST / classifies
+PREFLIGHT = "preflight"  # a browser's question before a page's request
 _SECURITY = [
     (name.lower().encode("ascii"), value.encode("ascii"))
     for name, value in SECURITY_HEADERS.items()
@@ -111,7 +112,12 @@ class Access:
                 self._spans.export(trace, method, route, status)
 
     def _route(self, scope: Scope) -> str:
-        """Return the template that the request met, or would have met but for the door; or PAGE."""
+        """Return the template that the request met, or would have met but for the door.
+
+        PAGE and PREFLIGHT are apart: they would mix with what the route is for.
+        """
+        if scope["method"] == "OPTIONS" and _asks_for_a_method(scope):
+            return PREFLIGHT
         if scope["path"] == "/" and scope["method"] in ("GET", "HEAD"):
             return PAGE
         route = scope.get("route")
@@ -123,6 +129,10 @@ class Access:
             if template.matches(scope)[0] is not Match.NONE:
                 return template.path
         return UNMATCHED
+
+
+def _asks_for_a_method(scope: Scope) -> bool:
+    return any(name == b"access-control-request-method" for name, _ in scope["headers"])
 
 
 def report(metrics: Metrics, trace: Trace, method: str, route: str, status: int) -> None:

@@ -115,7 +115,8 @@ class Batcher:
         with self._books:
             try:
                 logits = self._count(batch.logits(), took_s)
-                self._metrics.finish_batch(len(logits), batch.forming_s, took_s)
+                if not batch.entries[0].is_spare:
+                    self._metrics.finish_batch(len(logits), batch.forming_s, took_s)
                 for entry in batch.entries:
                     entry.inferring, entry.inferred = batch.inferring, batch.inferring + took_s
                 is_useless = not np.isfinite(logits).any()

@@ -17,7 +17,7 @@ from app.decode_queue import DecodeQueue
 from app.decoders import Decoders, task_of
 from app.engine import Engine
 from app.entry import Entry
-from app.errors import DeadlineExceeded, Problem
+from app.errors import GONE, DeadlineExceeded, Problem
 from app.images import Picture
 from app.latency import LatencyTable
 from app.metrics import Metrics
@@ -93,6 +93,10 @@ class Classifier:
                 await asyncio.wait(
                     [entry.future for entry in entries], timeout=deadline - time.monotonic()
                 )
+            except asyncio.CancelledError:
+                for _ in entries:
+                    self._metrics.finish_image(None, GONE)
+                raise
             finally:
                 # Time is up, or the client has gone: what is left never reaches the engine.
                 for entry in entries:

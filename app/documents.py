@@ -188,6 +188,12 @@ def parse_document(body: bytes | memoryview, kind: type[Document]) -> Document:
         raise InvalidParameter(f"{place}: {message}.") from None
 
 
+def _after_scheme(text: bytes) -> bytes:
+    """Return what follows a data URL's `data:image/…;base64,` (RFC 2397), or the text itself."""
+    head, _, rest = text.partition(b",")
+    return rest if head.startswith(b"data:") and head.endswith(b";base64") else text
+
+
 def _has_long_number(text: bytes) -> bool:
     """Return whether so many digits stand in a row anywhere but in a string of base64.
 
@@ -199,7 +205,7 @@ def _has_long_number(text: bytes) -> bool:
         while (found := digits.find(_LONG, max(0, end - begin))) >= 0:
             start = begin + found
             quote = text.rfind(b'"', end, start)
-            if quote < 0 or text[quote + 1 : start].translate(None, _BASE64):
+            if quote < 0 or _after_scheme(text[quote + 1 : start]).translate(None, _BASE64):
                 return True
             end = text.find(b'"', start) + 1
             if end == 0:  # a string without an end: the parser tells

@@ -36,6 +36,7 @@ from pydantic_core import to_json
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 PROBLEM_JSON = b"application/problem+json"
+CLIENT_GONE, GONE = 499, "client-gone"  # a status that nginx made up, and its kind in the log
 
 
 class ProblemBody(TypedDict):

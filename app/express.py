@@ -17,10 +17,18 @@ from app.access import answer, report
 from app.admission import BodyBudget
 from app.clock import Clock
 from app.entry import Entry
-from app.errors import PROBLEM_JSON, BodyTooLarge, DeadlineExceeded, Fault, NotReady, Problem
+from app.errors import (
+    CLIENT_GONE,
+    GONE,
+    PROBLEM_JSON,
+    BodyTooLarge,
+    DeadlineExceeded,
+    Fault,
+    NotReady,
+    Problem,
+)
 from app.forms import Form, RawBody
 from app.routes.classify import checked_top_k, classification
-from app.routes.problems import CLIENT_GONE, GONE
 from app.service import Service
 from app.trace import new_trace
 from app.uploads import LATE_BODY, TIMEOUT_HEADER, deadline_after, image_reader, is_longer
@@ -116,13 +124,13 @@ class Express:
         self._is_in = True
         settings = service.settings
         self._top_k = checked_top_k(self._asked, service.classifier)
+        self._reader = image_reader(self._field(b"content-type"))
         self._deadline = deadline_after(
             self._field(_TIMEOUT) if _TIMEOUT in self._fields else None, settings
         )
         if _TIMEOUT in self._fields:
             # Without one, the body has its own time, and the deadline only what follows.
             self._clock.start(self._deadline - time.monotonic(), self._be_late)
-        self._reader = image_reader(self._field(b"content-type"))
         if is_longer(self._field(b"content-length"), settings.max_upload_bytes):
             raise BodyTooLarge(settings.max_upload_bytes)
 
@@ -147,10 +155,11 @@ class Express:
         """Answer with what became of the image."""
         if self.response_complete or self._entry is None:
             return
+        service = self._service
         if self.disconnected:
+            service.metrics.finish_image(None, GONE)
             self._leave(CLIENT_GONE)
             return
-        service = self._service
         [result] = service.classifier.collect([self._entry], self._predicted_s, self._trace)
         if isinstance(result, Problem):
             self.fail(result)

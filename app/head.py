@@ -25,6 +25,8 @@ _HEAD = re.compile(
 )
 _FIELD = re.compile(rb"([A-Za-z0-9_-]++):[\t ]*+([\t -~]*)\r\n")
 _LENGTH = re.compile(rb"[0-9]{1,10}")
+# RFC 3986, 3.2.2 and 3.2.3, an address in brackets by its signs alone; it may be empty.
+_HOST = re.compile(rb"(?:[A-Za-z0-9._~%!$&'()*+,;=-]*+|\[[A-Za-z0-9.:_~%-]++\])(?::[0-9]*+)?")
 # A longer one is none of the usual kind.
 _MAX_BYTES = 16 * 1024
 # What changes how the message or the connection is read (RFC 9110, 7.8 and 10.1.1; RFC 9112, 6.1).
@@ -49,7 +51,9 @@ def read_head(data: bytes) -> Head | None:
         return None
     lines = _FIELD.findall(data, *found.span(2))
     fields = {name.lower(): value.rstrip(b" \t") for name, value in lines}
-    if len(fields) != len(lines) or b"host" not in fields or not _FRAMING.isdisjoint(fields):
+    if len(fields) != len(lines) or not _FRAMING.isdisjoint(fields):
+        return None
+    if not _HOST.fullmatch(fields.get(b"host", b" ")):
         return None
     if fields.get(b"connection", b"keep-alive").lower() != b"keep-alive":
         return None
@@ -74,6 +78,7 @@ _LONG_TARGET = Objection(414, "URI Too Long", f"At most {MAX_TARGET_BYTES} bytes
 _CODING = Objection(400, "Bad request", "The only Transfer-Encoding taken is chunked.")
 _NO_HOST = Objection(400, "Bad request", "There is no Host.")
 _TWO_HOSTS = Objection(400, "Bad request", "There are two Hosts.")
+_NO_NAME = Objection(400, "Bad request", "The Host is no name of a host.")
 
 
 def objection_to(
@@ -90,7 +95,9 @@ def objection_to(
         return TOO_MANY_HEADERS
     if any(n == b"transfer-encoding" and v.lower() != b"chunked" for n, v in headers):
         return _CODING  # one that is none of ours
-    hosts = sum(name == b"host" for name, _ in headers)
-    if hosts > 1 or (is_current and not hosts):  # RFC 9112, 3.2
-        return _TWO_HOSTS if hosts else _NO_HOST
-    return None
+    hosts = [value for name, value in headers if name == b"host"]  # RFC 9112, 3.2
+    if len(hosts) > 1:
+        return _TWO_HOSTS
+    if is_current and not hosts:
+        return _NO_HOST
+    return None if all(map(_HOST.fullmatch, hosts)) else _NO_NAME

@@ -54,7 +54,7 @@ class Metrics:
         self._received = self._counter("received_bytes", "Bytes of bodies received")
         self._request_s = self._histogram(
             "request_seconds",
-            "From a request's headers to the end of its answer, refusals at the door left out",
+            "From headers to the end of the answer, those of 401, 413, 429, 431 and 503 left out",
             _SECONDS,
             "route",
         )
@@ -67,8 +67,12 @@ class Metrics:
         self._batch_s = self._histogram(
             "batch_seconds", "Forming the first share of a batch", _SECONDS
         )
-        self._infer_s = self._histogram("inference_seconds", "One batch in the engine", _SECONDS)
-        self._batch_images = self._histogram("batch_images", "Images in a batch", _IMAGES)
+        self._infer_s = self._histogram(
+            "inference_seconds", "One batch in the engine, explanations left out", _SECONDS
+        )
+        self._batch_images = self._histogram(
+            "batch_images", "Images in a batch, explanations left out", _IMAGES
+        )
         self._predicted_s = self._histogram(
             "predicted_seconds", "Predicted at the door, from admission to logits", _SECONDS
         )

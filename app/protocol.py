@@ -535,7 +535,7 @@ class BoundedProtocol(HttpToolsProtocol):
         trace = new_trace()
         trace.problem = kind_of(title)
         report(self._service.metrics, trace, "-", UNPARSED, status)
-        headers = ((b"content-type", PROBLEM_JSON),)
+        headers = (*self.server_state.default_headers, (b"content-type", PROBLEM_JSON))
         body = problem_json(status, title, detail)
         self.transport.write(answer(status, headers, body, trace, closing=True))
         self.transport.close()

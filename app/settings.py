@@ -143,7 +143,7 @@ class Settings(BaseModel):
         ge=0.1,
         le=3600,
         description="after the drain delay, time for requests in flight; with the drain delay "
-        "it must stay below the orchestrator's grace period (Kubernetes: 30 s)",
+        "it must stay 8 s below the orchestrator's grace period",
     )
     api_keys_file: Path | None = Field(
         default=None,

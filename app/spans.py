@@ -87,8 +87,9 @@ class Spans:
             return
         stages = trace.stages
         for name, start, end in (
+            ("queue for a decoder", stages.received, stages.decoding),
             ("decode", stages.decoding, stages.decoded),
-            ("queue", stages.decoded, stages.inferring),
+            ("queue for the engine", stages.decoded, stages.inferring),
             ("infer", stages.inferring, stages.inferred),
         ):
             own_id = int.from_bytes(os.urandom(8), "big")
@@ -108,9 +109,15 @@ class Spans:
             logger.warning("the last spans are lost: the collector has not taken them")
 
     def _is_sampled(self, trace: Trace, route: str) -> bool:
+        from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
+        from opentelemetry.trace.propagation import set_span_in_context
+
+        identity, context = int(trace.trace_id, 16), None
         if trace.parent is not None:
-            return bool(trace.parent.flags & SAMPLED)
-        decision = self._sampler.should_sample(None, int(trace.trace_id, 16), route).decision
+            flags = TraceFlags(trace.parent.flags)
+            above = SpanContext(identity, int(trace.parent.span_id, 16), True, flags)
+            context = set_span_in_context(NonRecordingSpan(above))
+        decision = self._sampler.should_sample(context, identity, route).decision
         return bool(decision.is_sampled())  # type: ignore[no-untyped-call] # of the SDK
 
     def _span(self, name: str, **details: Any) -> "ReadableSpan":
@@ -128,6 +135,8 @@ def exporter() -> Spans | None:
     if not any(os.environ.get(name) for name in _ENDPOINTS):
         return None
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    if os.environ.get("OTEL_TRACES_EXPORTER", "") == "none":
         return None
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter

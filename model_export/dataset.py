@@ -21,7 +21,7 @@ from model_export.errors import ExportError
 _TRAIN = "train"
 _LARGEST_BYTES = 256 * 2**20  # of a picture's file
 _PIECE_BYTES = 2**20
-_TEST = ("test", "val", "validation")
+_TEST = ("test", "val", "valid", "validation")
 
 
 @dataclass(frozen=True)
@@ -222,6 +222,8 @@ def _splits(files: list[PurePosixPath]) -> tuple[tuple[str, ...], tuple[str, ...
     tops = {name.parts[depth] for name in files if len(name.parts) > depth + 1}
     if _TRAIN in nested or (_TRAIN in tops and tops <= {_TRAIN, *_TEST}):
         return (*root, _TRAIN), next(((*root, part) for part in _TEST if part in nested), None)
+    if nested and nested == tops and tops <= set(_TEST):  # something to measure on, no more
+        return (*root, _TRAIN), next((*root, part) for part in _TEST if part in nested)
     return root, None
 
 

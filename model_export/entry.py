@@ -22,8 +22,10 @@ def mixer_train() -> int:
 
 def _run(command: str, module: str) -> int:
     prepare_streams()
-    # By default the signal ends a process as it stands, and half a file would stay behind.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    # By default a signal ends a process as it stands, and half a file would stay behind.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         code: int = importlib.import_module(module).main()
     except ModuleNotFoundError as error:
@@ -31,4 +33,7 @@ def _run(command: str, module: str) -> int:
         extra = "adapt" if is_light else "export"
         sys.stderr.write(f"{command}: {error.name} is not installed: pip install '.[{extra}]'\n")
         return 1
+    except KeyboardInterrupt:  # before the command itself takes care of it: torch takes seconds
+        sys.stderr.write(f"{command}: stopped\n")
+        return 128 + signal.SIGINT
     return code

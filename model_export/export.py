@@ -1,5 +1,6 @@
 """Write one self-describing ONNX file from a checkpoint, or nothing at all."""
 
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ def export(
     """
     if not path.parent.is_dir():
         raise ExportError(f"{path}: its folder does not exist")
+    if path.is_dir():
+        raise ExportError(f"{path}: is a folder, expected a file")
     model, preprocessing = checkpoint.model, request.preprocessing
     card = _card(checkpoint, request)
     if card.parameters > _MAX_PARAMETERS:
@@ -138,6 +141,8 @@ def _shrink(
             model, request.preprocessing, with_features=request.with_features, half=True
         )
         loss = compare(proto, None)
+        if not math.isfinite(loss.logits):
+            raise ExportError("fp16 overflows: its logits are no finite numbers; take fp32 or int8")
         if not loss.agreement >= request.min_agreement:
             raise ExportError(
                 f"fp16 agrees with float32 on {loss.agreement:.2%} of {loss.pictures} pictures; "

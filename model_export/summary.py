@@ -38,7 +38,7 @@ def inspect(path: Path) -> Summary:
     if not path.is_file():
         raise ExportError(f"{path}: no such file")
     try:
-        proto = onnx.load(path, load_external_data=False)  # ours have none
+        proto = onnx.load(path, "protobuf", load_external_data=False)  # ours have none
         card, _ = read_metadata({entry.key: entry.value for entry in proto.metadata_props})
     except DecodeError as error:
         raise ExportError(f"{path}: not an ONNX file ({error})") from error

@@ -1,6 +1,7 @@
 """Read a torch checkpoint, from strangers too: its pickle may build tensors and nothing more."""
 
 import argparse
+import math
 import pickle
 import pickletools
 import struct
@@ -23,8 +24,9 @@ _STATES = (
 )
 # Modules may share their tensors, each then there under two names or three.
 _MAX_SHARING = 4
-# No checkpoint has any; each may double the time that a key takes.
-_MAX_SHARED_TUPLES = 16
+# Pairs of pairs of pairs, each taken twice: to hash the outermost takes so many steps. Groups of an
+# optimizer's parameters share a tuple, too, but nothing is made of it.
+_MAX_STEPS = 2**20
 # A file of torch's old kind begins with as many pickles: magic, protocol, system, object, keys.
 _LEGACY_PICKLES = 5
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -137,13 +139,17 @@ def _check_directory(path: Path, found: int) -> None:
 
 
 def _check_pickle(path: Path, data: bytes | IO[bytes]) -> None:
-    before, tuples, again = "", set(), 0  # tuples that were kept to be taken again; how often
+    before = ""
+    kept: dict[object, int] = {}  # place -> number of the tuple that waits there to be taken again
+    uses: list[int] = []  # of each such tuple
     for operation, argument, _ in pickletools.genops(data):
         if isinstance(argument, str) and argument.rpartition(" ")[2] == "bytearray":
             raise ExportError(f"{path.name}: refused, its pickle asks for memory of any size")
         if "PUT" in operation.name and before.startswith("TUPLE"):
-            tuples.add(argument)
-        again += "GET" in operation.name and argument in tuples
-        if again > _MAX_SHARED_TUPLES:  # pairs of pairs of pairs: to hash them takes for ever
-            raise ExportError(f"{path.name}: refused, its pickle asks for time without end")
+            kept[argument] = len(uses)  # another one may have been there
+            uses.append(1)
+        if "GET" in operation.name and argument in kept:
+            uses[kept[argument]] += 1
+            if math.prod(uses) > _MAX_STEPS:
+                raise ExportError(f"{path.name}: refused, its pickle asks for time without end")
         before = operation.name

@@ -106,6 +106,8 @@ def _check(name: str, tensor: Tensor, expected: Shape) -> None:
         raise ExportError(f"tensor {name} has shape {shape}, expected {expected}")
     if not tensor.is_floating_point():
         raise ExportError(f"tensor {name} {shape} is {tensor.dtype}, expected floating point")
+    if tensor.element_size() == 1:
+        tensor = tensor.float()  # torch cannot ask eight bits
     bad = int((~tensor.isfinite()).sum())
     if bad:
         raise ExportError(

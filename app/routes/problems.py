@@ -11,10 +11,8 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Scope
 
-from app.errors import PROBLEM_JSON, Problem, kind_of, problem_body
+from app.errors import CLIENT_GONE, GONE, PROBLEM_JSON, Problem, kind_of, problem_body
 from app.trace import current
-
-CLIENT_GONE, GONE = 499, "client-gone"  # a status that nginx made up, and its kind in the log
 
 
 def answer_errors(app: FastAPI, routes: Sequence[BaseRoute]) -> None:

@@ -100,6 +100,8 @@ def test_which_requests_take_it(
         ("", IMAGE, {"Content-Type": "text/plain"}, 415),
         ("", IMAGE, {"Content-Type": "image/png\r\nContent-Type: text/plain"}, 200),
         ("", IMAGE, {"Content-Type": "text/plain\r\nContent-Type: image/png"}, 415),
+        ("", IMAGE, {"Content-Type": "text/plain", "X-Request-Timeout-Ms": "soon"}, 415),
+        ("", IMAGE, {"Content-Type": "multipart/form-data", "X-Request-Timeout-Ms": "0"}, 400),
         ("", IMAGE[:45], {}, 422),
         ("", FORM[:-20], {"Content-Type": FORM_TYPE}, 400),
         ("", FORM, {"Content-Type": "multipart/form-data"}, 400),

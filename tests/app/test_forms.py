@@ -122,6 +122,8 @@ def test_a_free_decoder_is_used() -> None:
         (b'{"image": "eA==", "more": [%s]}' % (b"9" * 101), "a number of more than 100 digits"),
         (b'{"image": "eA==", "more": -%s}' % (b"9" * 4300), "a number of more than 100 digits"),
         (b'{"image": "%s", "more": 1.%s}' % (b"9" * 400, b"9" * 400), "a number of more than"),
+        (b'"data:;base64,":%s' % (b"9" * 101), "a number of more than 100 digits"),
+        (b'"data:,%s"' % (b"9" * 101), "a number of more than 100 digits"),
         (b"1" * 3_000_000, "a number of more than 100 digits"),
         (b" " * (2**20 - 60) + b"9" * 101, "a number of more than 100 digits"),
         (b'{"image": "%s"}' % (rb"\u0041" * 10_001), "more than 10,000 escaped letters"),
@@ -133,11 +135,12 @@ def test_what_takes_a_parser_long(body: bytes, said: str) -> None:
         documents.parse_document(body, documents.ImageDocument)
 
 
+@pytest.mark.parametrize("scheme", [b"", b"data:image/bmp;base64,"])
 @pytest.mark.parametrize("place", [0, 2**20 - 50])
-def test_digits_in_base64(place: int) -> None:
+def test_digits_in_base64(place: int, scheme: bytes) -> None:
     """Base64 may be digits only, by the hundred; a number of a hundred digits is one, too."""
     image = b"A" * (place // 4 * 4) + b"0" * 3000 + rb"\/" + b"9" * 2999
     number = b"9" * 100
-    body = b'{"image": "%s", "unknown": [%s, "%s"]}' % (image, number, b"8" * 500)
+    body = b'{"image": "%s%s", "unknown": [%s, "%s"]}' % (scheme, image, number, b"8" * 500)
     found = documents.parse_document(body, documents.ImageDocument)
     assert found.image == base64.b64decode(image.replace(b"\\", b""))

@@ -106,6 +106,13 @@ def test_usual_head() -> None:
     assert (found.size, found.body_size) == (len(head), 12)
 
 
+def test_host_of_a_usual_head() -> None:
+    """What is no host is left to the parser, and refused behind it."""
+    for host in (*HOSTS, *NO_HOSTS):
+        found = read_head(b"POST / HTTP/1.1\r\nHost: %s\r\nContent-Length: 1\r\n\r\n" % host)
+        assert (found is None) == (host in NO_HOSTS)
+
+
 def test_half_a_head() -> None:
     """A head that is not whole is left to the parser, wherever it was cut."""
     head = b"POST /classify HTTP/1.1\r\nHost: a\r\nContent-Length: 12\r\n\r\n"
@@ -113,6 +120,27 @@ def test_half_a_head() -> None:
 
 
 HOST = (b"host", b"here")
+HOSTS = (
+    b"",
+    b"a-b.c_d:80",
+    b"a:",
+    b"[::1]:8000",
+    b"[fe80::1%25eth0]",
+    b"10.0.0.1",
+    b"xn--bcher-kva.de",
+)
+NO_HOSTS = (
+    b"a b",
+    b"a/b",
+    b"a:b",
+    b"::1",
+    b"me@here",
+    b"[::1",
+    b"a?",
+    b"a\xe9",
+    b"http://a",
+    b"a:1:2",
+)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +155,9 @@ HOST = (b"host", b"here")
         (b"/", [], True, 400),
         (b"/", [], False, None),
         (b"/", [HOST, HOST], False, 400),
+        *((b"/", [(b"host", host)], True, None) for host in HOSTS),
+        *((b"/", [(b"host", host)], True, 400) for host in NO_HOSTS),
+        (b"/", [(b"host", b"a b")], False, 400),
     ],
 )
 def test_what_no_head_may_be(

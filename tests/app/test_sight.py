@@ -91,6 +91,24 @@ class TestMetrics:
         assert found["requests_total[outcome=ok][route=page][status=200]"] == 1
         assert found["requests_total[outcome=ok][route=/][status=200]"] == 1
 
+    def test_questions_before_a_page_asks(self, serve: Serve) -> None:
+        """A browser's preflight does not count among those who classify."""
+        client = serve(FakeEngine(), cors_origins="https://shop.example")
+        asked = {"Origin": "https://shop.example", "Access-Control-Request-Method": "POST"}
+        assert client.options("/classify", headers=asked).status_code == 200
+        assert client.options("/classify").status_code == 405
+        found = scrape(client)
+        assert found["requests_total[outcome=ok][route=preflight][status=200]"] == 1
+        assert found["requests_total[outcome=method-not-allowed][route=/classify][status=405]"] == 1
+
+    def test_explanations_are_no_load(self, serve: Serve) -> None:
+        """An explanation counts as one image, and its many inferences as no batches."""
+        client = serve(FakeEngine())
+        assert client.post("/explain", content=make_image()).status_code == 200
+        found = scrape(client)
+        assert found["images_total[outcome=ok]"] == 1
+        assert found["batch_images_sum"] == found["inference_seconds_count"] == 1
+
     def test_images_and_batches(self, serve: Serve) -> None:
         """Stages are counted for each image, batches and inferences for each batch."""
         client = serve(FakeEngine(seconds=0.02), max_batch=2)
@@ -199,6 +217,7 @@ class TestRequestId:
             connection.sendall(b"NONSENSE\r\n\r\n")
             answer = connection.makefile("rb").read().decode()
         assert answer.startswith("HTTP/1.1 400")
+        assert "\r\ndate: " in answer  # RFC 9110, 6.6.1
         [request_id] = re.findall(r"x-request-id: ([0-9a-f]{32})\r\n", answer)
         assert log_lines(live, request_id)[0]["status"] == 400
         text = httpx2.get(f"{live.url}/metrics").text

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import httpx2
 import pytest
 
-from app.spans import Spans
+from app.spans import Spans, exporter
 from app.trace import new_trace
 from tests.fakes import make_image
 from tests.faults.load import dial, post
@@ -73,7 +73,8 @@ def test_request_and_its_stages(collector: list[Any], tmp_path: Path) -> None:
             headers={"traceparent": f"{PARENT}1", "X-Request-ID": "traced"},
         )
         span, resource = wait_for(collector, "POST /classify")
-        stages = [wait_for(collector, name)[0] for name in ("decode", "queue", "infer")]
+        names = ("queue for a decoder", "decode", "queue for the engine", "infer")
+        stages = [wait_for(collector, name)[0] for name in names]
         [line] = log_lines(server, "traced")
     assert span.trace_id.hex() == line["trace_id"] == PARENT[3:35]
     assert span.span_id.hex() == line["span_id"]
@@ -81,8 +82,8 @@ def test_request_and_its_stages(collector: list[Any], tmp_path: Path) -> None:
     values = {one.key: one.value for one in span.attributes}
     assert values["http.response.status_code"].int_value == 200
     assert values["mixer.request_id"].string_value == "traced"
-    names = {one.key: one.value.string_value for one in resource.attributes}
-    assert names["service.name"] == "mixer-serve"
+    about = {one.key: one.value.string_value for one in resource.attributes}
+    assert about["service.name"] == "mixer-serve"
     assert all(stage.parent_span_id == span.span_id for stage in stages)
     times = [t for stage in stages for t in (stage.start_time_unix_nano, stage.end_time_unix_nano)]
     assert [span.start_time_unix_nano, *times, span.end_time_unix_nano] == sorted(
@@ -97,6 +98,38 @@ def test_caller_that_does_not_sample(collector: list[Any], tmp_path: Path) -> No
         httpx2.get(f"{server.url}/livez")
         wait_for(collector, "GET /livez")
     assert "GET /model" not in [span.name for span, _ in collector]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "exported"),
+    [
+        ("parentbased_always_on", {"sampled", "nobody's"}),
+        ("parentbased_always_off", {"sampled"}),
+        ("always_on", {"sampled", "not sampled", "nobody's"}),
+        ("always_off", set()),
+    ],
+)
+def test_sampler(sampler: str, exported: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenTelemetry's sampler decides, with what the caller has decided before it."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
+    made = exporter()
+    assert made is not None
+    made.close(1)
+    processor = Mock()
+    vars(made)["_processor"] = processor
+    parents = {"sampled": f"{PARENT}1", "not sampled": f"{PARENT}0", "nobody's": ""}
+    for name, parent in parents.items():
+        made.export(new_trace("", parent), "GET", name, 200)
+    spans = [call.args[0] for call in processor.on_end.call_args_list]
+    assert {span.attributes["http.route"] for span in spans} == exported
+
+
+def test_no_exporter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where OpenTelemetry's variables say that nothing is to be exported, nothing is."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+    assert exporter() is None
 
 
 def test_refusal_at_the_door(collector: list[Any], tmp_path: Path) -> None:

@@ -144,15 +144,29 @@ def test_only_the_gpu_overlay_takes_a_gpu() -> None:
     assert found == {"base": ("mixer-serve:cpu", None), "gpu": ("mixer-serve:gpu", "1")}
 
 
+def test_registry_named_in_both_overlays(tmp_path: Path) -> None:
+    """Naming a registry in both files gives the GPU overlay its own image, not the CPU's."""
+    folder = Path(shutil.copytree(FOLDER, tmp_path / "kubernetes"))
+    base, gpu = (folder / overlay / "kustomization.yaml" for overlay in ("base", "gpu"))
+    base.write_text(base.read_text().replace("newName: ", "newName: registry.example/"))
+    gpu.write_text(gpu.read_text().replace("value: ", "value: registry.example/"))
+    (container,) = _built(folder / "gpu")["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == "registry.example/mixer-serve:gpu"
+
+
 @cache
 def _rendered(overlay: str) -> dict[str, Resource]:
+    return _built(FOLDER / overlay)
+
+
+def _built(folder: Path) -> dict[str, Resource]:
     if shutil.which("kustomize"):
         command = ["kustomize", "build"]
     elif shutil.which("kubectl"):
         command = ["kubectl", "kustomize"]
     else:
         pytest.skip("needs kustomize or kubectl to render the manifests")
-    done = subprocess.run([*command, FOLDER / overlay], capture_output=True, text=True, check=True)
+    done = subprocess.run([*command, folder], capture_output=True, text=True, check=True)
     found = {resource["kind"]: resource for resource in yaml.safe_load_all(done.stdout)}
     assert done.stdout.count("\nkind: ") == len(found), "two resources of one kind"
     return found

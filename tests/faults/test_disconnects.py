@@ -99,6 +99,8 @@ def test_clients_gone_behind_requests_sent_ahead(
         state = json.loads(one(server.url, get("/observed")).body)
         assert (state["requests"], state["body_bytes"], state["images"]) == (0, 0, 0)
         assert state["inferred"] == before + 1
+        counted = one(server.url, get("/metrics")).body
+        assert b'mixer_images_total{outcome="client-gone"} 20.0' in counted
         assert "Traceback" not in server.log.read_text()
 
 

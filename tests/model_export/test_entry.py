@@ -9,6 +9,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -26,23 +27,50 @@ from tests.processes import ROOT
 MODEL = str(ROOT / "app" / "models" / "mixer-cifar10.onnx")
 
 
-def test_termination_leaves_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM ends a command with a shell's exit code for it, and half-written files go."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_termination_leaves_no_draft(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Either signal ends a command with a shell's exit code for it, and half-written files go."""
 
     def work() -> int:
         with tempfile.TemporaryDirectory(dir=tmp_path):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return 0
 
     monkeypatch.setattr(importlib, "import_module", lambda _: SimpleNamespace(main=work))
-    before = signal.getsignal(signal.SIGTERM)
+    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run behind nohup
     try:
         with pytest.raises(SystemExit) as ended:
             entry.mixer_export()
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert ended.value.code == 128 + signal.SIGTERM
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    assert ended.value.code == 128 + number
     assert not list(tmp_path.iterdir())
+
+
+def test_nohup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that was told to outlive its terminal does."""
+    monkeypatch.setattr(importlib, "import_module", lambda _: SimpleNamespace(main=lambda: 0))
+    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert entry.mixer_train() == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def test_interrupted_while_torch_is_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl+C at once is one line, as later."""
+    monkeypatch.setattr(importlib, "import_module", Mock(side_effect=KeyboardInterrupt))
+    assert entry.mixer_export() == 130
+    assert capsys.readouterr().err == "mixer-export: stopped\n"
 
 
 @pytest.mark.parametrize(

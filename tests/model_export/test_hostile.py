@@ -181,14 +181,26 @@ def test_what_a_download_leaves_instead(
     assert "more than tensors" not in str(raised.value)
 
 
-def test_pairs_of_pairs_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("places", [45, 1])
+def test_pairs_of_pairs_are_refused(tmp_path: Path, places: int) -> None:
     """A pickle whose key would take a trillion steps to hash is refused within a moment."""
-    pairs = b"".join(b"q%ch%c\x86" % (number, number) for number in range(45))  # put, get, pair
+    numbers = [number % places for number in range(45)]
+    pairs = b"".join(b"q%ch%c\x86" % (number, number) for number in numbers)  # put, get, pair
     with zipfile.ZipFile(tmp_path / "bomb.pth", "w") as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02})" + pairs + b"K\x01s.")
         archive.writestr("archive/version", b"3\n")
     with pytest.raises(ExportError, match="asks for time without end"):
         tensors.read(tmp_path / "bomb.pth")
+
+
+def test_many_groups_of_an_optimizer(tmp_path: Path) -> None:
+    """A training checkpoint whose optimizer has a group for each layer is no such pickle."""
+    layers = [torch.nn.Linear(2, 2) for _ in range(60)]
+    optimizer = torch.optim.AdamW([{"params": layer.parameters()} for layer in layers])
+    model = dict(layers[0].named_parameters())
+    torch.save({"state_dict": model, "optimizer": optimizer.state_dict()}, tmp_path / "a.pth.tar")
+    found = tensors.read(tmp_path / "a.pth.tar")
+    assert {"weight", "bias"} <= {name.rpartition(".")[2] for name in found}
 
 
 def test_torchscript(tmp_path: Path) -> None:

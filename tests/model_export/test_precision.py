@@ -199,6 +199,32 @@ def test_calibration_of_fp32_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert "nothing to calibrate or to compare; add --precision int8" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("least", ["0", "0.99"])
+def test_fp16_that_overflows_is_refused(
+    least: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Logits that are no numbers in half precision agree with nothing."""
+    with np.load(TINY) as file:
+        arrays = dict(file)
+    for name in arrays:
+        if name.startswith(("stem", "MixerBlock")) and name.endswith("kernel"):
+            arrays[name] = arrays[name] * 1e4
+    np.savez(tmp_path / "large.npz", **arrays)
+    (tmp_path / "labels.txt").write_text("".join(f"class {i}\n" for i in range(7)))
+    command = ["convert", str(tmp_path / "large.npz"), "-o", str(tmp_path / "large.onnx")]
+    command += ["--labels", str(tmp_path / "labels.txt"), "--precision", "fp16"]
+    assert main([*command, "--min-agreement", least]) == 1
+    assert "fp16 overflows" in capsys.readouterr().err
+    assert not (tmp_path / "large.onnx").exists()
+
+
+def test_nothing_agrees_with_what_is_no_number() -> None:
+    """The first class of NaNs is no answer."""
+    expected = np.array([[1, 0], [1, 0]], np.float32)
+    got = np.array([[np.nan, np.nan], [2, 1]], np.float32)
+    assert verify.lose(expected, got).agreement == 0.5
+
+
 def test_fp16_computes_in_half_and_answers_in_float(convert: Convert) -> None:
     """fp16 weights are half, the head and the outputs float32, and the logits nearly float's."""
     output = convert(TINY, 7, "--precision", "fp16", "--with-features")
