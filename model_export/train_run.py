@@ -11,19 +11,11 @@ import torch
 from tqdm import tqdm
 
 from app.model_card import Preprocessing
-from model_export import (
-    augment,
-    checkpoints,
-    dataset,
-    decoded,
-    labels,
-    recipe,
-    train_model,
-    train_report,
-)
+from model_export import augment, checkpoints, dataset, decoded, recipe, train_model, train_report
 from model_export.dataset import Listing
 from model_export.decoded import Pictures, Skipped
 from model_export.errors import ExportError
+from model_export.labels import check as check_labels
 from model_export.recipe import Recipe
 from model_export.run_folder import RunFolder
 from model_export.signals import signals_collected
@@ -60,7 +52,7 @@ def train(request: Request) -> int | None:
     torch.set_num_threads(request.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     listing = dataset.find(request.data)
-    labels.check(listing.classes)  # what it ends in is to be converted
+    check_labels(listing.classes)  # what it ends in is to be converted
     if request.resume:
         folder = RunFolder(request.output, resume=True)
         state = folder.load_state()
