@@ -124,15 +124,15 @@ def test_damaged_gzip_is_refused(tmp_path: Path, fill: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["", ":gz", ":bz2", ":xz"])
-def test_checksum_behind_the_last_picture(tmp_path: Path, kind: str) -> None:
-    """A tar with a picture that is not as its checksum says is refused, compressed or not cut."""
+def test_tar_without_its_end(tmp_path: Path, kind: str) -> None:
+    """A tar that lacks its end is refused, though all of its pictures are there."""
     path = tmp_path / "set.tar"
     with tarfile.open(path, f"w{kind}") as tar:  # type: ignore[call-overload] # one of its modes
         add(tar, "a/1", bytes(100))
         add(tar, "b/1", bytes(100))
     assert len(dataset.find(path).train) == 2
     whole = path.read_bytes()
-    path.write_bytes(whole[:-8] if kind else whole[:-10240])  # a plain tar has no checksum
+    path.write_bytes(whole[:-8] if kind else whole[:2048])  # a plain tar ends in a mark alone
     with pytest.raises(ExportError, match=r"damaged|not a readable folder or tar"):
         dataset.find(path)
 
