@@ -170,7 +170,7 @@ def test_tar_that_is_cut_off(
             tar.addfile(member, io.BytesIO(bytes(1000)))
     archive.write_bytes(archive.read_bytes()[:kept_bytes])
     assert main(["evaluate", str(MODEL), str(archive)]) == 1
-    assert "set.tar: is cut off, it has no end mark" in capsys.readouterr().err
+    assert "set.tar: is cut off or damaged, it has no end mark" in capsys.readouterr().err
 
 
 def test_undecodable_pictures_are_counted_apart(
