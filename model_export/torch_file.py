@@ -1,7 +1,6 @@
 """Read a torch checkpoint, from strangers too: its pickle may build tensors and nothing more."""
 
 import argparse
-import math
 import pickle
 import pickletools
 import struct
@@ -142,6 +141,7 @@ def _check_pickle(path: Path, data: bytes | IO[bytes]) -> None:
     before = ""
     kept: dict[object, int] = {}  # place -> number of the tuple that waits there to be taken again
     uses: list[int] = []  # of each such tuple
+    steps = 1  # the product of all uses
     for operation, argument, _ in pickletools.genops(data):
         if isinstance(argument, str) and argument.rpartition(" ")[2] == "bytearray":
             raise ExportError(f"{path.name}: refused, its pickle asks for memory of any size")
@@ -149,7 +149,9 @@ def _check_pickle(path: Path, data: bytes | IO[bytes]) -> None:
             kept[argument] = len(uses)  # another one may have been there
             uses.append(1)
         if "GET" in operation.name and argument in kept:
-            uses[kept[argument]] += 1
-            if math.prod(uses) > _MAX_STEPS:
+            number = kept[argument]
+            steps = steps // uses[number] * (uses[number] + 1)
+            uses[number] += 1
+            if steps > _MAX_STEPS:
                 raise ExportError(f"{path.name}: refused, its pickle asks for time without end")
         before = operation.name

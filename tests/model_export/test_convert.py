@@ -176,6 +176,28 @@ def test_labels_must_match_the_head(
     assert f"{count} labels, but the head has 7 classes" in capsys.readouterr().err
 
 
+def test_output_that_is_a_folder(
+    tmp_path: Path, labels: Callable[[int], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder in the output's place is told before any work, by its name."""
+    (tmp_path / "m.onnx").mkdir()
+    command = ["convert", str(TINY), "-o", str(tmp_path / "m.onnx"), "--labels", str(labels(7))]
+    assert main(command) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"mixer-export: {tmp_path}/m.onnx: is a folder, expected a file"
+
+
+def test_features_of_any_size(convert: Convert, tmp_path: Path) -> None:
+    """Features have the rounding of their own size, where the head makes small logits of them."""
+    with np.load(TINY) as file:
+        arrays = dict(file)
+    for name in ("scale", "bias"):
+        arrays[f"pre_head_layer_norm/{name}"] = arrays[f"pre_head_layer_norm/{name}"] * 1e4
+    arrays["head/kernel"] = arrays["head/kernel"] / 1e4
+    np.savez(tmp_path / "large.npz", **arrays)
+    assert convert(tmp_path / "large.npz", 7, "--with-features").is_file()
+
+
 def test_missing_source_is_one_plain_line(tmp_path: Path, labels: Callable[[int], Path]) -> None:
     """As a command of its own, a missing source ends with exit code 1 and one line."""
     command = [sys.executable, "-m", "model_export.cli", "convert", "absent.npz", "-o"]

@@ -232,13 +232,14 @@ def test_macs_are_those_of_the_paper_s_formula() -> None:
     assert macs(onnx.load(MODEL)) == by_hand
 
 
+@pytest.mark.parametrize("suffix", ["onnx", "json"])  # of which onnx has a form of its own
 @pytest.mark.parametrize("content", [b"no onnx at all", b""])
 def test_inspect_refuses_other_files(
-    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: bytes, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A file that is no model of ours ends with exit code 1 and one line."""
-    (tmp_path / "other.onnx").write_bytes(content)
-    assert main(["inspect", str(tmp_path / "other.onnx")]) == 1
+    (tmp_path / f"other.{suffix}").write_bytes(content)
+    assert main(["inspect", str(tmp_path / f"other.{suffix}")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
 

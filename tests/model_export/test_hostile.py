@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import struct
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +192,18 @@ def test_pairs_of_pairs_are_refused(tmp_path: Path, places: int) -> None:
         archive.writestr("archive/version", b"3\n")
     with pytest.raises(ExportError, match="asks for time without end"):
         tensors.read(tmp_path / "bomb.pth")
+
+
+def test_many_tuples_cost_no_time(tmp_path: Path) -> None:
+    """A pickle of a hundred thousand tuples, each kept and one taken as often, is read at once."""
+    kept = b"".join(b"))\x86r%b" % number.to_bytes(4, "little") for number in range(100_000))
+    with zipfile.ZipFile(tmp_path / "wide.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02(" + kept + b"h\x00" * 100_000 + b"l.")
+        archive.writestr("archive/version", b"3\n")
+    start = time.process_time()
+    with pytest.raises(ExportError):  # it holds no tensors
+        tensors.read(tmp_path / "wide.pth")
+    assert time.process_time() - start < 30  # an hour where each taking goes through all
 
 
 def test_many_groups_of_an_optimizer(tmp_path: Path) -> None:

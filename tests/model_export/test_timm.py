@@ -352,6 +352,22 @@ def test_unknown_architecture_argument_is_refused(tmp_path: Path, refuse: Refuse
     assert "model_args act_layer is not supported" in refuse(folder)
 
 
+def test_weights_of_eight_bits(convert: Convert, tmp_path: Path) -> None:
+    """Weights in float8 are poured in as any others, a NaN among them refused by its name."""
+    tensors = load_file(FIXTURES / "timm_mixer_tiny" / "model.safetensors")
+    name = "head.bias"
+    folder = Path(shutil.copytree(FIXTURES / "timm_mixer_tiny", tmp_path / "folder"))
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").unlink(missing_ok=True)
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, folder / "model.safetensors")
+    assert convert(folder, len(tensors[name])).is_file()
+    tensors[name] = torch.full_like(tensors[name].float(), torch.nan).to(torch.float8_e4m3fn)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ExportError, match="NaN or infinite"):
+        checkpoints.load(str(folder))
+
+
 def test_draft_decoding_keeps_the_answers(photos: Path | None) -> None:
     """At 224 px at least 99 % of real photos get the same class with libjpeg's draft as without."""
     if photos is None:
