@@ -9,11 +9,11 @@ the body is JSON, then the raw tensors in the order of their mention; the header
 import math
 import struct
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_core import to_json
 
 from app.answers import Steps
@@ -23,6 +23,8 @@ from app.predictions import ranked, softmax
 
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 IMAGE, LABEL, INDEX, SCORE, PROBABILITIES = "image", "label", "index", "score", "probabilities"
+# MLServer's own client writes a `null` where it has none.
+Parameters = Annotated[dict[str, Any], BeforeValidator(lambda sent: {} if sent is None else sent)]
 OutputName = Literal["label", "index", "score", "probabilities"]
 _DATATYPES = {LABEL: "BYTES", INDEX: "INT64", SCORE: "FP32", PROBABILITIES: "FP32"}
 _LENGTH = struct.Struct("<I")  # before each element of a BYTES tensor
@@ -34,7 +36,7 @@ class InputTensor(BaseModel):
     name: Literal["image"]
     shape: list[int] = Field(max_length=8)
     datatype: Literal["BYTES"]
-    parameters: dict[str, Any] = {}
+    parameters: Parameters = {}
     data: list[Any] | None = None
 
 
@@ -42,14 +44,14 @@ class OutputRequest(BaseModel):
     """One output that the client wants, and how."""
 
     name: OutputName
-    parameters: dict[str, Any] = {}
+    parameters: Parameters = {}
 
 
 class InferRequest(BaseModel):
     """The JSON part of a request."""
 
     id: str | None = Field(default=None, max_length=1024)  # which is answered as it came
-    parameters: dict[str, Any] = {}
+    parameters: Parameters = {}
     inputs: list[InputTensor] = Field(min_length=1, max_length=1)
     outputs: list[OutputRequest] | None = Field(default=None, max_length=len(_DATATYPES))
 

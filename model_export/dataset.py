@@ -126,17 +126,18 @@ def read(path: Path, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
                 yield name, file.read()
 
 
-def measured(path: Path) -> dict[PurePosixPath, str]:
-    """Return the pictures to measure on, by name, each with its class.
+def measured(path: Path) -> tuple[str, dict[PurePosixPath, str]]:
+    """Return the folder to measure on, and its pictures by name, each with its class.
 
-    Those are in the split for tests where there is one, else in that to train on.
+    That is the split for tests where there is one, else that to train on; "" if it is all there is.
 
     Raises:
         ExportError: `path` is missing or cannot be read.
     """
     files, _ = walk(path)
     train, test = _splits(files)
-    return _pictures(files, test or train)
+    folder = test or train
+    return "/".join(folder), _pictures(files, folder)
 
 
 def _walk_folder(path: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:

@@ -38,6 +38,7 @@ class Evaluation:
     refused: tuple[str, ...]  # pictures that the server would answer with an error
     by_order: bool  # folders were matched to labels by their order, not by their names
     seconds: float
+    split: str  # the folder of the data set that was measured, "" if it is the whole
 
     @property
     def pictures(self) -> int:
@@ -95,7 +96,8 @@ def evaluate(model: Path, data: Path, threads: int) -> Evaluation:
     if not answers:
         raise ExportError(f"{data}: no picture could be decoded")
     top5 = in_top / answers.total() if len(labels) > _TOP else None
-    return Evaluation(engine.card, answers, top5, tuple(refused), by_order, seconds)
+    refusals = tuple(refused)
+    return Evaluation(engine.card, answers, top5, refusals, by_order, seconds, pictures.split)
 
 
 def plot_confusion(evaluation: Evaluation, path: Path) -> None:

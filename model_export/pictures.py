@@ -37,9 +37,9 @@ class ImageFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        found = dataset.measured(path).items()
+        self.split, found = dataset.measured(path)  # "" if it is the whole
         self._wanted = {
-            str(name): folder for name, folder in found if name.suffix.lower() in SUFFIXES
+            str(name): folder for name, folder in found.items() if name.suffix.lower() in SUFFIXES
         }
         if not self._wanted:
             raise ExportError(f"{path}: holds no pictures in a folder per class")

@@ -75,8 +75,9 @@ def inspection(summary: Summary) -> str:
 
 def evaluation(result: Evaluation) -> str:
     """Describe what a model got right."""
+    origin = f" of {result.split}/" if result.split else ""
     lines = [
-        f"{result.card.name} ({result.card.precision}) on {result.pictures:,} pictures",
+        f"{result.card.name} ({result.card.precision}) on {result.pictures:,} pictures{origin}",
         f"  top-1      {result.top1:.2%}",
     ]
     if result.top5 is not None:

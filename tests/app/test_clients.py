@@ -280,6 +280,20 @@ class TestInferenceProtocol:
         assert label["parameters"]["binary_data_size"] == len(answer.content) - length
         assert len(score["data"]) == 3
 
+    def test_parameters_of_null_are_none(self, client: TestClient) -> None:
+        """Parameters that are null, as MLServer's client writes them, are as if not there."""
+        body = self.body()
+        [tensor] = body["inputs"]
+        asked = {
+            **body,
+            "parameters": None,
+            "inputs": [{**tensor, "parameters": None}],
+            "outputs": [{"name": "label", "parameters": None}],
+        }
+        answer = client.post(self.URL, json=asked)
+        assert answer.status_code == 200
+        assert [output["name"] for output in answer.json()["outputs"]] == ["label"]
+
     def test_outputs_of_different_lengths(self, client: TestClient) -> None:
         """Each output has as many values as it was asked for, and of its datatype's size."""
         forms: list[dict[str, int]] = [{"classification": 1}, {"classification": 9}, {}]

@@ -142,15 +142,15 @@ def test_split_to_measure_on(tmp_path: Path, split: str) -> None:
     """The pictures beside those to train on are measured, whatever their split is called."""
     lay(tmp_path, "train/x/1", "train/y/2", f"{split}/x/3", f"{split}/y/4")
     measured = [PurePosixPath(f"{split}/x/3"), PurePosixPath(f"{split}/y/4")]
-    assert list(dataset.measured(tmp_path)) == measured
+    assert list(dataset.measured(tmp_path)[1]) == measured
     assert [name for name, _ in dataset.find(tmp_path).test] == [str(name) for name in measured]
 
 
 def test_splits_without_one_to_train_on(tmp_path: Path) -> None:
     """Two splits to measure on are no two classes: the first is measured, and none trained on."""
     lay(tmp_path, "test/x/1", "test/y/2", "val/x/3", "val/y/4")
-    assert set(dataset.measured(tmp_path).values()) == {"x", "y"}
-    assert all(name.parts[0] == "test" for name in dataset.measured(tmp_path))
+    assert set(dataset.measured(tmp_path)[1].values()) == {"x", "y"}
+    assert all(name.parts[0] == "test" for name in dataset.measured(tmp_path)[1])
     with pytest.raises(ExportError, match="found none"):
         dataset.find(tmp_path)
 
@@ -158,7 +158,7 @@ def test_splits_without_one_to_train_on(tmp_path: Path) -> None:
 def test_measured_pictures_have_the_class_that_training_gives_them(tmp_path: Path) -> None:
     """Pictures in folders inside a class are measured as that class."""
     lay(tmp_path, "train/x/1", "train/y/2", "test/x/s/3", "test/y/4")
-    assert dataset.measured(tmp_path) == {
+    assert dataset.measured(tmp_path)[1] == {
         PurePosixPath("test/x/s/3"): "x",
         PurePosixPath("test/y/4"): "y",
     }

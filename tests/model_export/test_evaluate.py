@@ -154,7 +154,7 @@ def test_tar_is_read_and_its_test_split_taken(
     with tarfile.open(archive, f"w:{compression}") as tar:  # type: ignore[call-overload]  # any mode
         tar.add(tmp_path / "set", "set")
     assert main(["evaluate", str(MODEL), str(archive)]) == 0
-    assert "on 6 pictures" in capsys.readouterr().out
+    assert "on 6 pictures of set/test/\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kept_bytes", [3 * 512, 3 * 512 + 100])
@@ -181,7 +181,7 @@ def test_undecodable_pictures_are_counted_apart(
     (tmp_path / "data" / "bird" / "broken.jpg").write_bytes(b"\xff\xd8\xff broken")
     assert main(["evaluate", str(MODEL), str(tmp_path / "data")]) == 0
     report = capsys.readouterr().out
-    assert "on 2 pictures" in report
+    assert "on 2 pictures\n" in report
     assert "1 pictures that cannot be decoded, bird/broken.jpg" in report
 
 
