@@ -5,17 +5,19 @@ left forms the next batch, while the others may still be busy with the last one.
 put pictures in; the event loop gets the logits back, once per batch. So an image crosses threads
 thrice (loop, decoder, engine, loop), and no core waits for the event loop or for another core. A
 fixed gathering window would cost every quiet request its whole length, and a busy engine fills its
-batches by itself.
+batches by itself. But on a CPU a batch gathers while as many images as it lacks wait for a decoder:
+inference would take the time of the decoders, for a smaller batch.
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,15 +37,27 @@ logger = logging.getLogger(__name__)
 PROBE_PERIOD_S = 1.0
 # A request that comes while spare work runs waits for it: no longer than a person could notice.
 SPARE_BATCH_S = 0.02
+# For more images from decoders that are all busy; how often it is seen whether they still are.
+GATHER_S, GATHER_STEP_S = 0.05, 0.005
 
 
 class Batcher:
     """Owns the engine and its queue; `put` from any thread, await `Entry.future` on the loop."""
 
     def __init__(
-        self, engine: Engine, max_batch: int, latency: LatencyTable, metrics: Metrics
+        self,
+        engine: Engine,
+        max_batch: int,
+        latency: LatencyTable,
+        metrics: Metrics,
+        coming: Callable[[], int] = lambda: 0,
     ) -> None:
+        """Start the engine's threads.
+
+        `coming` counts the images that wait for the cores that inference needs, too.
+        """
         self.pulse = Pulse()
+        self._coming = coming
         self._engine = engine
         self._max_batch = max_batch
         self._latency = latency
@@ -93,8 +107,9 @@ class Batcher:
                 if entries is None:
                     self._queue.put(None)  # for the next thread
                     return None
-                if entries:
-                    self._deal(entries)
+                # Some may have been given up while others were waited for.
+                if alive := [entry for entry in entries if entry.is_alive()]:
+                    self._deal(alive)
             return taken
 
     def _deal(self, entries: Sequence[Entry]) -> None:
@@ -145,18 +160,37 @@ class Batcher:
             self._spare.popleft()  # even if there is never a moment to spare
         try:
             entry = self._queue.get_nowait() if self._spare else self._wait()
+            until = time.monotonic() + GATHER_S
             while entry is not None:
                 if entry.is_alive():
                     (self._spare if entry.is_spare else batch).append(entry)
                 if len(batch) == self._max_batch:
                     return batch
-                entry = self._queue.get_nowait()
+                entry = self._next(len(batch), until)
         except queue.Empty:
             return batch or self._spare_batch()
         if batch:
             self._queue.put(None)  # closed: run this last batch, then meet the mark again
             return batch
         return None
+
+    def _next(self, size: int, until: float) -> Entry | None:
+        """Return the next entry of a batch of `size` so far.
+
+        Wait for it where enough are coming, until `time.monotonic()` is `until`.
+
+        Raises:
+            Empty: there is none.
+        """
+        while True:
+            try:
+                return self._queue.get_nowait()
+            except queue.Empty:
+                is_worth_it = size and size + self._coming() >= self._max_batch
+                if not is_worth_it or time.monotonic() >= until:
+                    raise
+            with contextlib.suppress(queue.Empty):
+                return self._queue.get(timeout=GATHER_STEP_S)
 
     def _spare_batch(self) -> list[Entry]:
         """Return spare work for one short inference, nothing else being there to do."""

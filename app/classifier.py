@@ -22,6 +22,7 @@ from app.images import Picture
 from app.latency import LatencyTable
 from app.metrics import Metrics
 from app.pulse import FAILURES_UNTIL_NOT_LIVE, FAILURES_UNTIL_NOT_READY
+from app.runtime import CPU
 from app.settings import Settings
 from app.trace import Trace, current
 
@@ -58,7 +59,10 @@ class Classifier:
             settings.decode_threads, task_of(engine.card.preprocessing, settings)
         )
         self._queue = DecodeQueue(self._decoders, settings.decode_threads)
-        self._batcher = Batcher(engine, settings.max_batch, latency, metrics)
+        # A GPU, or a core without a decoder, would stand still where these cores have other work.
+        is_shared = engine.provider == CPU and settings.decode_threads >= engine.threads
+        coming = self._queue.waiting if is_shared else lambda: 0
+        self._batcher = Batcher(engine, settings.max_batch, latency, metrics, coming)
 
     @property
     def is_ready(self) -> bool:

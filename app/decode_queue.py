@@ -36,6 +36,10 @@ class DecodeQueue:
         """Have `work` done by the first thread that is free, in the order of the calls."""
         self._queue.put(work)
 
+    def waiting(self) -> int:
+        """Return how much work waits for a decoder, all of them being busy."""
+        return self._queue.qsize()
+
     def close(self) -> None:
         """Do what is queued, then end the threads."""
         self._queue.put(None)

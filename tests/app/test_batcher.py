@@ -2,11 +2,12 @@
 
 import asyncio
 import gc
+import math
 import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from starlette.testclient import TestClient
 
 from app.batch import Batch
-from app.batcher import Batcher, _settle
+from app.batcher import GATHER_S, Batcher, _settle
 from app.engine import OnnxEngine
 from app.entry import Entry
 from app.errors import InferenceFailed
@@ -172,6 +173,84 @@ class HeldBatches(FakeEngine):
         assert not closing.is_alive(), "a thread never ended"
         await asyncio.sleep(0)  # what they have handed over
         return batcher
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    """Return an engine that is as quick as can be."""
+    return FakeEngine()
+
+
+@contextmanager
+def batching(engine: FakeEngine, coming: int) -> Iterator[Batcher]:
+    """Batch three images at a time while `coming` more seem to wait for the cores."""
+    loop = asyncio.new_event_loop()
+
+    async def start() -> Batcher:
+        return Batcher(engine, 3, LatencyTable(3, 1), Metrics(), lambda: coming)
+
+    batcher = loop.run_until_complete(start())
+    try:
+        yield batcher
+    finally:
+        batcher.close()
+        loop.close()
+
+
+def wait_until_inferred(engine: FakeEngine, images: int) -> None:
+    """Wait until so many images have been inferred."""
+    give_up = time.monotonic() + 10
+    while sum(engine.batches) < images:
+        assert time.monotonic() < give_up
+        time.sleep(0.001)
+
+
+def test_batch_gathers_what_is_coming(
+    entries: list[Entry], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While enough images wait for the cores to fill a batch, it waits for them."""
+    monkeypatch.setattr("app.batcher.GATHER_S", 10.0)
+    with batching(engine, coming=2) as batcher:
+        for entry in entries[:3]:
+            batcher.put(entry)
+            time.sleep(0.02)
+        wait_until_inferred(engine, 3)
+    assert engine.batches == [3]
+
+
+def test_batch_does_not_wait_for_too_few(
+    entries: list[Entry], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that what is coming would not fill goes at once."""
+    monkeypatch.setattr("app.batcher.GATHER_S", math.inf)
+    with batching(engine, coming=1) as batcher:
+        batcher.put(entries[0])
+        wait_until_inferred(engine, 1)
+    assert engine.batches == [1]
+
+
+def test_image_given_up_while_its_batch_gathers(
+    entries: list[Entry], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image that nobody waits for any more leaves the batch that gathers."""
+    monkeypatch.setattr("app.batcher.GATHER_S", 10.0)
+    with batching(engine, coming=2) as batcher:
+        batcher.put(entries[0])
+        time.sleep(0.02)
+        entries[0].release()
+        batcher.put(entries[1])
+        batcher.put(entries[2])
+        wait_until_inferred(engine, 2)
+    assert engine.batches == [2]
+
+
+def test_batch_does_not_gather_for_ever(entries: list[Entry], engine: FakeEngine) -> None:
+    """Decoders that hang over what is coming hold up what is decoded for a moment only."""
+    with batching(engine, coming=100) as batcher:
+        start = time.monotonic()
+        batcher.put(entries[0])
+        wait_until_inferred(engine, 1)
+        assert time.monotonic() - start >= GATHER_S
 
 
 def test_shares_in_any_order(entries: list[Entry]) -> None:

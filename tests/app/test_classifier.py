@@ -19,14 +19,15 @@ from app.entry import Entry
 from app.images import Picture
 from app.latency import LatencyTable
 from app.metrics import Metrics
+from app.runtime import CPU
 from app.settings import Settings
 from tests.conftest import Serve
 from tests.fakes import FakeEngine, make_image
 
 
-def _classifier(engine: FakeEngine | None = None) -> Classifier:
+def _classifier(engine: FakeEngine | None = None, max_batch: int = 16) -> Classifier:
     """Return one with a single thread, on the running loop."""
-    settings = Settings(decode_threads=1)
+    settings = Settings(decode_threads=1, max_batch=max_batch)
     latency = LatencyTable(settings.max_batch, settings.decode_threads)
     return Classifier(
         engine or FakeEngine(), settings, latency, Admission(settings, latency), Metrics()
@@ -55,6 +56,34 @@ def test_work_that_nobody_waits_for(caplog: pytest.LogCaptureFixture) -> None:
     asyncio.run(run())
     assert done == ["wanted"]
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("provider", "threads", "images"),
+    [(CPU, 1, 3), (CPU, 2, 1), ("CUDAExecutionProvider", 1, 1)],
+    ids=["cpu", "a core without decoder", "gpu"],
+)
+def test_batch_while_images_wait_for_a_decoder(
+    monkeypatch: pytest.MonkeyPatch, provider: str, threads: int, images: int
+) -> None:
+    """An engine on the CPU leaves the cores to decoders that have work; a GPU takes nothing."""
+    decode = Decoders.decode
+
+    def late(self: Decoders, upload: bytes) -> Picture:
+        time.sleep(0.1)
+        return decode(self, upload)
+
+    monkeypatch.setattr(Decoders, "decode", late)
+    monkeypatch.setattr("app.batcher.GATHER_S", 10.0)
+    engine = FakeEngine(provider=provider, threads=threads)
+
+    async def run() -> None:
+        classifier = _classifier(engine, max_batch=3)
+        await classifier.classify([make_image()] * 4, time.monotonic() + 20)
+        await classifier.close()
+
+    asyncio.run(run())
+    assert engine.batches[0] == images
 
 
 def test_pictures_behind_an_engine_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
