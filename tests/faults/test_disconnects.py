@@ -77,8 +77,7 @@ def test_clients_gone_behind_requests_sent_ahead(
     fake: Start, figure: Figure, path: str, how: str
 ) -> None:
     """A client that has sent more requests than it has answers to is missed all the same."""
-    # One image a batch: warming up takes two batches of each size.
-    with fake(batch_ms=1500, max_batch=1, queue_budget_ms=60_000) as server:
+    with fake(batch_ms=1500, max_batch=4, queue_budget_ms=60_000) as server:
         before = json.loads(one(server.url, get("/observed")).body)["inferred"]
         with dial(server.url) as busy:
             busy.sendall(post(make_image()))
