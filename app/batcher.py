@@ -107,7 +107,7 @@ class Batcher:
                 if entries is None:
                     self._queue.put(None)  # for the next thread
                     return None
-                # Some may have been given up while others were waited for.
+                # Some may have been given up while others were waited for, spare work in its lane.
                 if alive := [entry for entry in entries if entry.is_alive()]:
                     self._deal(alive)
             return taken
@@ -195,8 +195,7 @@ class Batcher:
     def _spare_batch(self) -> list[Entry]:
         """Return spare work for one short inference, nothing else being there to do."""
         size = self._latency.images_within(SPARE_BATCH_S)
-        entries = [self._spare.popleft() for _ in range(min(size, len(self._spare)))]
-        return [entry for entry in entries if entry.is_alive()]
+        return [self._spare.popleft() for _ in range(min(size, len(self._spare)))]
 
     def _wait(self) -> Entry | None:
         """Wait for an entry; meanwhile probe an engine that has failed too often to get any."""
