@@ -235,4 +235,4 @@ def _settle(batch: Sequence[Entry], logits: NDArray[np.float32] | None) -> None:
         if not is_finite:
             entry.fail(InferenceFailed("The model's logits are not finite."))
         elif not entry.future.done():
-            entry.future.set_result(row)
+            entry.future.set_result(row.copy())  # else whoever keeps it keeps its batch's

@@ -185,8 +185,9 @@ class Express:
         self.response_complete = True
         self._reader = _NO_BODY  # what came stays no longer than it is counted
         self._clock.stop()
-        if self._entry is not None:
-            self._entry.release()
+        entry, self._entry = self._entry, None  # a connection that stays open keeps us, no picture
+        if entry is not None:
+            entry.release()
             self._service.admission.dismiss(1)
         self._budget.close()
         if self._is_in:

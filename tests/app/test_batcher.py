@@ -294,6 +294,14 @@ def test_given_up_beside_wanted(entries: list[Entry], logits: NDArray[np.float32
     assert isinstance(wanted.future.result(), InferenceFailed if logits is None else np.ndarray)
 
 
+def test_logits_are_held_singly(entries: list[Entry]) -> None:
+    """Whoever keeps the logits of an image keeps none of its batch's other images."""
+    _settle(entries[:2], np.zeros((2, 3), np.float32))
+    logits = entries[0].future.result()
+    assert isinstance(logits, np.ndarray)
+    assert logits.base is None
+
+
 def test_bad_images_are_not_a_bad_engine(entries: list[Entry]) -> None:
     """However many batches hold an image whose logits are not finite, the others show it works."""
     engine = HeldBatches(threads=1)

@@ -1,5 +1,7 @@
 """`POST /classify` past the framework and by its way: a client cannot tell the two apart."""
 
+import asyncio
+import gc
 import json
 import signal
 import socket
@@ -13,6 +15,8 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from app.clock import Clock
+from app.entry import Entry
+from app.express import Express
 from app.main import create_app
 from app.settings import Settings
 from app.usual import express
@@ -173,6 +177,32 @@ def test_refused_body_that_trickles_is_cut_off(tmp_path: Path) -> None:
         assert read_answer(client).startswith(b"HTTP/1.1 415")
         client.settimeout(5)
         assert client.recv(1) == b""
+
+
+def test_open_connection_holds_no_picture() -> None:
+    """Between requests a connection keeps neither the last picture nor its logits."""
+    app = create_app(Settings(), FakeEngine())
+
+    async def ask() -> list[Entry]:
+        fields = {b"content-type": b"image/png", b"x-request-id": b"the-last-one"}
+        answered, written = asyncio.Event(), Mock()
+        clock = Clock(asyncio.get_running_loop())
+        found = express(app.state.service, b"/classify", fields, [], written, clock)
+        assert isinstance(found, Express)
+        found.begin(answered.set)
+        found.feed(IMAGE)
+        found.complete()
+        await answered.wait()
+        assert written.call_args.args[0].startswith(b"HTTP/1.1 200 ")
+        await asyncio.sleep(0.1)  # the engine's thread lets go of its batch
+        gc.collect()
+        entries = [one for one in gc.get_objects() if isinstance(one, Entry)]
+        assert found.response_complete
+        return [entry for entry in entries if entry.request_id == "the-last-one"]
+
+    with TestClient(app) as client:
+        assert client.portal is not None
+        assert client.portal.call(ask) == []
 
 
 def test_a_bug_is_a_500(server: Server) -> None:
