@@ -16,6 +16,8 @@ from app.errors import CorruptImage, TooManyPixels
 MAX_SCAN_PIXELS = 600_000_000
 # Pillow decodes run-length coded BMPs in Python, 0.1 to 0.2 µs a pixel.
 MAX_RLE_PIXELS = 4_000_000
+# And with two or three reads a run, of which a dithered picture has one for every few pixels.
+MAX_RLE_READS = 2_000_000
 # It takes 40 ns to decode a pixel of a WebP, several times as long as of any other format.
 MAX_WEBP_PIXELS = 16_000_000
 # Its parsers walk segments, chunks and blocks in Python, each with a few reads of the file, 1 µs a
@@ -33,7 +35,9 @@ _MAX_SEGMENTS = 10_000
 class Upload(io.BytesIO):
     """An upload as a file, whose parser may not ask for ever more."""
 
-    _reads = 0
+    def __init__(self, data: bytes, reads: int = MAX_READS) -> None:
+        super().__init__(data)
+        self._left = reads
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Read on.
@@ -41,8 +45,8 @@ class Upload(io.BytesIO):
         Raises:
             CorruptImage: too many reads.
         """
-        self._reads += 1
-        if self._reads > MAX_READS:
+        self._left -= 1
+        if self._left < 0:
             raise CorruptImage("The image has too many parts to be read.")
         return super().read(size)
 
@@ -75,8 +79,10 @@ def check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
     if image.format in ("JPEG", "MPO"):
         check_scans(data, pixels)
     tiles = image.tile if isinstance(image, ImageFile.ImageFile) else ()
-    if pixels > MAX_RLE_PIXELS and any(tile.codec_name == "bmp_rle" for tile in tiles):
-        raise CorruptImage("The BMP is too large to be run-length coded.")
+    if any(tile.codec_name == "bmp_rle" for tile in tiles):
+        if pixels > MAX_RLE_PIXELS:
+            raise CorruptImage("The BMP is too large to be run-length coded.")
+        image.fp = Upload(data, MAX_RLE_READS)  # type: ignore[attr-defined] # an ImageFile has it
 
 
 def check_scans(data: bytes, pixels: int) -> None:

@@ -416,6 +416,16 @@ def test_run_length_coded_bmp_is_bounded() -> None:
         decode(run_length_bmp(2010), as_is(32), PIXELS)
 
 
+def test_run_length_coded_bmp_of_short_runs() -> None:
+    """Of a dithered picture a run-length coded BMP has a run for each pixel; endless runs end."""
+    data = run_length_bmp(640)
+    rows = (b"\x01\x00" * 640 + b"\x00\x00") * 640
+    offset = 14 + 40 + 4 * 256
+    assert decode(data[:offset] + rows, as_is(32), PIXELS).width == 640
+    with pytest.raises(CorruptImage, match="too many parts"):
+        decode(data[:offset] + b"\x00\x00" * 3_000_000, as_is(32), PIXELS)
+
+
 @given(st.binary(max_size=300))
 def test_random_bytes_are_a_problem(data: bytes) -> None:
     """Random bytes are refused as a foreign format or a corrupt image, never otherwise."""
