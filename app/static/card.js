@@ -16,6 +16,7 @@ export class Card {
   constructor(file, onAgain) {
     this.file = file;
     this.isDone = false;
+    this.isGone = false;
     this.problem = null;
     this.element = document.querySelector("#card").content.firstElementChild.cloneNode(true);
     this.photo = URL.createObjectURL(file);
@@ -39,6 +40,8 @@ export class Card {
     this.problem = null;
     this.find(".waiting").hidden = false;
     this.find(".problem").hidden = true;
+    this.find(".problem").removeAttribute("role"); // the page's status tells of it
+    if (document.activeElement === this.find(".again")) this.element.focus(); // the button goes
     this.find(".again").hidden = true;
     const answer = await this.post(`classify?top_k=${TOP_K}`);
     const fewer = answer.problem?.status === 422 && answer.problem.detail.startsWith("top_k");
@@ -118,7 +121,8 @@ export class Card {
       const { blob, problem } = await this.post("explain", { Accept: "image/png" });
       button.removeAttribute("aria-disabled");
       button.textContent = "Why this label?";
-      if (!blob) return this.say(problem ?? unreadable(200)); // the label still stands
+      if (this.isGone) return; // nobody would let go of the picture
+      if (!blob) return this.sayUnexplained(problem ?? unreadable(200)); // the label still stands
       this.overlay = URL.createObjectURL(blob);
     }
     const shown = button.getAttribute("aria-pressed") === "true";
@@ -128,7 +132,14 @@ export class Card {
     image.alt = shown ? this.file.name : `${this.file.name}: what speaks for the label is bright`;
   }
 
+  sayUnexplained(problem) {
+    this.find(".problem").setAttribute("role", "alert");
+    this.say(problem);
+    if (problem.status === 401) this.element.dispatchEvent(new Event("unauthorized", { bubbles: true }));
+  }
+
   remove() {
+    this.isGone = true;
     this.element.remove();
     URL.revokeObjectURL(this.photo);
     if (this.overlay) URL.revokeObjectURL(this.overlay);

@@ -175,6 +175,7 @@ one("#clear").addEventListener("click", () => {
   tellProgress();
   one("#choose").focus(); // the button that had the focus is gone
 });
+results.addEventListener("unauthorized", () => (one("#access").hidden = false));
 one("#copy").addEventListener("click", async () => {
   try {
     await navigator.clipboard.writeText(one("#command").textContent);

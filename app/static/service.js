@@ -3,12 +3,24 @@
 const TRIES = 4;
 const LONGEST_WAIT_S = 10;
 
+let kept = "";
+try {
+  kept = sessionStorage.getItem("key") ?? "";
+} catch {
+  // A browser that lets no page keep anything: the key then lasts as long as the page.
+}
+
 export function keepKey(key) {
-  sessionStorage.setItem("key", key);
+  kept = key;
+  try {
+    sessionStorage.setItem("key", key);
+  } catch {
+    // As above.
+  }
 }
 
 export function hasKey() {
-  return Boolean(sessionStorage.getItem("key"));
+  return Boolean(kept);
 }
 
 /**
@@ -17,7 +29,7 @@ export function hasKey() {
  */
 export async function request(path, options) {
   // The service knows keys by their UTF-8 bytes; a header takes one character for each byte.
-  const key = String.fromCharCode(...new TextEncoder().encode(sessionStorage.getItem("key") ?? ""));
+  const key = String.fromCharCode(...new TextEncoder().encode(kept));
   const headers = { ...options.headers, ...(key ? { "X-API-Key": key } : {}) };
   for (let attempt = 1; ; attempt += 1) {
     let answer;
@@ -38,7 +50,10 @@ export async function request(path, options) {
 async function read(answer) {
   const timing = parseTiming(answer.headers.get("Server-Timing") ?? "");
   const type = answer.headers.get("Content-Type") ?? "";
-  if (answer.ok && type.startsWith("image/")) return { timing, blob: await answer.blob() };
+  if (answer.ok && type.startsWith("image/")) {
+    const blob = await answer.blob().catch(() => null); // the connection may break off inside it
+    return blob ? { timing, blob } : { timing, problem: unreadable(answer.status) };
+  }
   const expected = answer.ok ? "application/json" : "application/problem+json";
   const body = type.startsWith(expected) ? await answer.json().catch(() => null) : null;
   if (body === null || typeof body !== "object") return { timing, problem: unreadable(answer.status) };

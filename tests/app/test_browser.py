@@ -282,6 +282,88 @@ def test_why_fails(page: Browser, photos: list[Path]) -> None:
     assert not problem.is_displayed()
 
 
+def answer_instead(page: Browser, answer: str) -> None:
+    """Have the page's requests answered with a JavaScript expression, a Promise of a Response."""
+    page.execute_script(f"window.kept = window.fetch; window.fetch = () => {answer}")
+
+
+def test_why_breaks_off(page: Browser, photos: list[Path]) -> None:
+    """An explanation whose connection ends inside its picture is a problem; the next try works."""
+    upload(page, photos[0])
+    button = page.find_element(By.CLASS_NAME, "why")
+    problem = page.find_element(By.CSS_SELECTOR, ".card .problem")
+    answer_instead(
+        page,
+        "Promise.resolve(new Response(new ReadableStream({start: (it) => it.error(new Error())}),"
+        " {headers: {'Content-Type': 'image/png'}}))",
+    )
+    button.click()
+    wait(page, lambda: "The answer cannot be read (status 200)." in problem.text)
+    assert problem.get_attribute("role") == "alert"  # a screen reader's only hint
+    page.execute_script("window.fetch = window.kept")
+    button.click()
+    wait(page, lambda: button.get_attribute("aria-pressed") == "true")
+
+
+def test_why_of_a_card_that_is_gone(page: Browser, photos: list[Path]) -> None:
+    """An explanation that comes after its card has been cleared away is kept by nobody."""
+    upload(page, photos[0])
+    answer_instead(page, "new Promise((done) => (window.finish = done))")
+    page.find_element(By.CLASS_NAME, "why").click()
+    wait(page, lambda: page.execute_script("return Boolean(window.finish)"))
+    page.find_element(By.ID, "clear").click()
+    page.execute_async_script(
+        """
+        const done = arguments[0], make = URL.createObjectURL;
+        window.made = 0;
+        URL.createObjectURL = (blob) => (window.made += 1, make(blob));
+        window.finish(new Response("png", {headers: {"Content-Type": "image/png"}}));
+        setTimeout(done, 200);
+        """
+    )
+    assert page.execute_script("return window.made") == 0
+    assert complaints(page) == []
+
+
+def test_why_without_a_key(page: Browser, photos: list[Path]) -> None:
+    """Where keys have changed meanwhile, a refused explanation brings up the form for one."""
+    upload(page, photos[0])
+    answer_instead(
+        page,
+        """Promise.resolve(new Response('{"status": 401, "detail": "Send an API key."}',
+        {status: 401, headers: {"Content-Type": "application/problem+json"}}))""",
+    )
+    page.find_element(By.CLASS_NAME, "why").click()
+    wait(page, lambda: page.find_element(By.ID, "access").is_displayed())
+
+
+def test_try_again_keeps_the_focus(page: Browser, photos: list[Path]) -> None:
+    """Who asks again by keyboard goes on from the card, not from the top of the page."""
+    answer_instead(page, "Promise.reject(new TypeError('gone'))")
+    upload(page, photos[0])
+    page.find_element(By.CLASS_NAME, "again").send_keys("\ue007")
+    assert page.switch_to.active_element == page.find_element(By.CLASS_NAME, "card")
+
+
+def test_storage_that_is_blocked(browser: Browser, tmp_path: Path, photos: list[Path]) -> None:
+    """Where the browser lets no page keep anything, the page works, a key as long as it is open."""
+    keys = tmp_path / "keys"
+    keys.write_text("secret\n")
+    deny = "Object.defineProperty(window, 'sessionStorage', {get() { throw new Error('denied'); }})"
+    blocked = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": deny})
+    try:
+        with serving(tmp_path / "log", "--api-keys-file", str(keys)) as server:
+            page = show(browser, server.url)
+            page.find_element(By.ID, "key").send_keys("secret")
+            page.find_element(By.ID, "key").submit()
+            wait(page, lambda: page.find_elements(By.CSS_SELECTOR, "#model dt"))
+            [card] = upload(page, photos[0])
+            assert len(card["predictions"]) == 5
+            assert complaints(page) == []
+    finally:
+        browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", blocked)
+
+
 @pytest.mark.parametrize("name", ["photo 0.png", """it's a "cat", or; a dog.png"""])
 def test_command(page: Browser, photos: list[Path], name: str) -> None:
     """The command that the page shows works in a terminal, whatever the file's name."""
