@@ -143,15 +143,15 @@ def exporter() -> Spans | None:
         from opentelemetry.sdk.resources import SERVICE_NAME, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        resource = Resource.create()
+        if str(resource.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):
+            resource = resource.merge(Resource({SERVICE_NAME: "mixer-serve"}))
+        sampler = TracerProvider(resource=resource, shutdown_on_exit=False).sampler
+        processor = BatchSpanProcessor(OTLPSpanExporter())
     except ImportError:
         logger.warning("no spans: a collector is named, but pip install '.[otel]' is missing")
         return None
-    resource = Resource.create()
-    if str(resource.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):
-        resource = resource.merge(Resource({SERVICE_NAME: "mixer-serve"}))
-    sampler = TracerProvider(resource=resource, shutdown_on_exit=False).sampler
-    try:
-        processor = BatchSpanProcessor(OTLPSpanExporter())
-    except ValueError as error:
+    except ValueError as error:  # some are read as soon as the SDK is imported
         raise StartupError(f"OTEL_… variables: {error}") from error
     return Spans(processor, sampler, resource)

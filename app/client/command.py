@@ -58,13 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import tqdm  # noqa: F401 - likewise
     except ImportError as error:
         return _refuse(f"{error.name} is not installed: pip install '.[client]'")
-    if options.output is not None and options.output.exists() and not options.output.is_file():
-        # As root, a new file would take the place of /dev/null.
-        return _refuse(f"--output {options.output}: expected a file of its own, or none for stdout")
-    if options.format == "table" and not options.overwrite and _holds_something(options.output):
-        return _refuse(f"--output {options.output}: is there already; --overwrite replaces it")
+    output: Path | None = options.output
     try:
-        images = find_images(options.paths)
+        if output is not None and output.exists() and not output.is_file():
+            # As root, a new file would take the place of /dev/null.
+            return _refuse(f"--output {output}: expected a file of its own, or none for stdout")
+        if options.format == "table" and not options.overwrite and _holds_something(output):
+            return _refuse(f"--output {output}: is there already; --overwrite replaces it")
+        # The results of the last run may lie among the images.
+        images = [image for image in find_images(options.paths) if not _is_same(image, output)]
         return asyncio.run(_run(options, images))
     except BrokenPipeError:  # `| head` has seen enough
         drop_output()
@@ -118,6 +120,10 @@ async def _classify_all(
             except (ImageError, OSError) as error:
                 result = Result(str(image), backend.model, error=str(error))
                 failed.append(result)
+            except MemoryError:
+                reason = "The file is larger than what memory is left."
+                result = Result(str(image), backend.model, error=reason)
+                failed.append(result)
             writer.write(result)
             tell_progress()
 
@@ -141,6 +147,12 @@ def _backend(options: argparse.Namespace) -> Backend:
     from app.client.local import LocalClassifier
 
     return LocalClassifier(Path(target), options.top_k)
+
+
+def _is_same(image: Path, output: Path | None) -> bool:
+    return (
+        output is not None and image.name == output.name and image.resolve() == output.resolve()
+    )
 
 
 def _holds_something(file: Path | None) -> bool:

@@ -23,6 +23,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from app.client.command import main
 from app.client.errors import ImageError, ServerError
 from app.client.files import find_images
 from app.client.local import LocalClassifier
@@ -196,6 +197,43 @@ def test_output_that_is_no_file(flags: list[str], folder: Path, tmp_path: Path) 
     assert done.stderr.count("\n") == 1
     assert "pipe: expected a file of its own" in done.stderr
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_output_with_a_name_that_cannot_be(folder: Path, tmp_path: Path) -> None:
+    """An output that the system does not even look for is told in one line."""
+    done = run(MODEL, folder, "--format", "jsonl", "-o", tmp_path / ("a" * 300))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "File name too long" in done.stderr
+
+
+def test_results_among_the_images(folder: Path) -> None:
+    """A run that is given again does not take its own results for an image."""
+    command = (MODEL, folder / "*", "--format", "jsonl", "-o", folder / "labels.jsonl")
+    (folder / "notes.txt").unlink()
+    assert run(*command).returncode == 0
+    lines = (folder / "labels.jsonl").read_text()
+    assert run(*command).returncode == 0
+    assert (folder / "labels.jsonl").read_text() == lines
+
+
+def test_file_larger_than_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that memory has no room for fails alone."""
+    read = Path.read_bytes
+    (folder / "huge.png").write_bytes(b"")
+
+    def read_bytes(path: Path) -> bytes:
+        if path.name == "huge.png":
+            raise MemoryError
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert main([str(MODEL), str(folder), "--format", "jsonl", "--quiet"]) == 1
+    found = by_name(capsys.readouterr().out)
+    assert found["huge.png"]["error"] == "The file is larger than what memory is left."
+    assert sum("predictions" in line for line in found.values()) >= 2
 
 
 @pytest.mark.parametrize(

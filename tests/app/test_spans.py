@@ -173,9 +173,13 @@ def test_collector_that_hangs(caplog: pytest.LogCaptureFixture) -> None:
     assert "spans are lost" in caplog.text
 
 
-def test_bad_variable(collector: list[Any]) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["BSP_MAX_QUEUE_SIZE", "SPAN_ATTRIBUTE_COUNT_LIMIT", "SPAN_EVENT_COUNT_LIMIT"],
+)
+def test_bad_variable(name: str, collector: list[Any]) -> None:
     """A variable that OpenTelemetry does not take stops start-up with one line."""
-    done = run_serve(OTEL_BSP_MAX_QUEUE_SIZE="-1")
+    done = run_serve(**{f"OTEL_{name}": "-1"})
     assert done.returncode == 1
     assert "OTEL" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
