@@ -57,6 +57,20 @@ def load(source: str, *, sha256: str | None = None, allow_zero_head: bool = Fals
     return checkpoint
 
 
+def check_pixels(preprocessing: Preprocessing) -> None:
+    """See whether mean and std are those of pixels in [0, 1].
+
+    Raises:
+        ExportError: they are meant for 0 to 255; such a model would see every picture as black.
+    """
+    for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
+        if max(values) > 1:
+            raise ExportError(
+                f"{name} {' '.join(f'{value:g}' for value in values)}: expected those of pixels "
+                "in [0, 1]; divide what is meant for 0 to 255 by 255"
+            )
+
+
 def _google(path: Path, sha256: str | None) -> Checkpoint:
     checksum = _checksum(path, sha256)
     model, left_aside = google.mixer(tensors.read(path))

@@ -131,12 +131,7 @@ def _override(published: Preprocessing, options: argparse.Namespace) -> Preproce
     except ValidationError as error:
         first = error.errors()[0]
         raise ExportError(f"{first['loc'][0]} {first['input']}: {first['msg']}") from error
-    for name, values in (("mean", asked.mean), ("std", asked.std)):
-        if max(values) > 1:
-            raise ExportError(
-                f"{name} {' '.join(f'{value:g}' for value in values)}: expected those of pixels "
-                "in [0, 1]; divide what is meant for 0 to 255 by 255"
-            )
+    checkpoints.check_pixels(asked)
     return asked
 
 

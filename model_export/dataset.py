@@ -4,23 +4,20 @@ Nothing here needs torch.
 """
 
 import hashlib
-import lzma
 import os
 import tarfile
-import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from app.errors import first_line
+from model_export import archive
 from model_export.errors import ExportError
 
 _TRAIN = "train"
 _LARGEST_BYTES = 256 * 2**20  # of a picture's file
-_PIECE_BYTES = 2**20
 _TEST = ("test", "val", "valid", "validation")
 
 
@@ -105,7 +102,9 @@ def walk(path: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
         return _walk_folder(path) if path.is_dir() else _walk_tar(path)
     except FileNotFoundError as error:
         raise ExportError(f"{path}: no such folder or tar") from error
-    except (tarfile.TarError, lzma.LZMAError, zlib.error, OSError, EOFError) as error:
+    except ExportError:
+        raise
+    except Exception as error:  # each compression has a class of its own
         raise ExportError(f"{path}: not a readable folder or tar ({first_line(error)})") from error
 
 
@@ -115,13 +114,13 @@ def read(path: Path, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
         for name in names:
             yield name, (path / name).read_bytes()
         return
-    files, _ = _members(path, path.stat().st_mtime_ns)
+    files, _ = archive.members(path, path.stat().st_mtime_ns)
     wanted = [(str(name), member) for name, member in files.items() if str(name) in names]
-    with tarfile.open(path) as archive:
+    with tarfile.open(path) as tar:
         for name, member in sorted(wanted, key=lambda pair: pair[1].offset_data):
             if member.size > _LARGEST_BYTES:
                 raise ExportError(f"{path}: {name} has {member.size} bytes, more than any picture")
-            file = archive.extractfile(member)
+            file = tar.extractfile(member)
             if file is not None:
                 yield name, file.read()
 
@@ -157,44 +156,10 @@ def _walk_folder(path: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
 
 
 def _walk_tar(path: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
-    members, folders = _members(path, path.stat().st_mtime_ns)
+    members, folders = archive.members(path, path.stat().st_mtime_ns)
     files = _visible(sorted(members, key=str))
     everywhere = folders.union(*(name.parents for name in files))
     return files, _visible(sorted(everywhere))
-
-
-@lru_cache(maxsize=1)
-def _members(
-    path: Path, changed_ns: int
-) -> tuple[dict[PurePosixPath, tarfile.TarInfo], set[PurePosixPath]]:
-    """Return a tar's files and folders, listed once for each change of it.
-
-    Of a name that is there twice the last one counts, as in unpacking; a link stands for its file.
-    """
-    del changed_ns
-    files: dict[PurePosixPath, tarfile.TarInfo] = {}
-    folders: set[PurePosixPath] = set()
-    with tarfile.open(path) as archive:
-        for member in archive.getmembers():
-            name = PurePosixPath(member.name)  # without a leading ./
-            if member.isfile():
-                files[name] = member
-            elif member.isdir():
-                folders.add(name)
-            elif member.islnk() or member.issym():
-                beside = PurePosixPath() if member.islnk() else name.parent
-                target = PurePosixPath(os.path.normpath(beside / member.linkname))
-                if target in files:
-                    files[name] = files[target]
-        # Where a tar is cut off, or a member is damaged, tarfile takes what it has read for all.
-        content = archive.fileobj
-        if content is not None:
-            content.seek(archive.offset)
-            if content.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise ExportError(f"{path}: is cut off or damaged, it has no end mark")
-            while content.read(_PIECE_BYTES):
-                pass  # a checksum comes last
-    return files, folders
 
 
 def _visible(names: Iterable[PurePosixPath]) -> list[PurePosixPath]:

@@ -36,6 +36,7 @@ class Evaluation:
     answers: Counter[tuple[int, int]]  # pictures by (true class, answer)
     top5: float | None  # None where five guesses are nearly all of the classes
     refused: tuple[str, ...]  # pictures that the server would answer with an error
+    left_out: tuple[str, ...]  # files in the folders of the classes that have no picture's name
     by_order: bool  # folders were matched to labels by their order, not by their names
     seconds: float
     split: str  # the folder of the data set that was measured, "" if it is the whole
@@ -96,8 +97,16 @@ def evaluate(model: Path, data: Path, threads: int) -> Evaluation:
     if not answers:
         raise ExportError(f"{data}: no picture could be decoded")
     top5 = in_top / answers.total() if len(labels) > _TOP else None
-    refusals = tuple(refused)
-    return Evaluation(engine.card, answers, top5, refusals, by_order, seconds, pictures.split)
+    return Evaluation(
+        engine.card,
+        answers,
+        top5,
+        tuple(refused),
+        tuple(pictures.left_out),
+        by_order,
+        seconds,
+        pictures.split,
+    )
 
 
 def plot_confusion(evaluation: Evaluation, path: Path) -> None:

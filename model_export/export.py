@@ -16,17 +16,12 @@ from model_export import graph, labels, quantize, verify
 from model_export.checkpoints import Checkpoint
 from model_export.errors import ExportError
 from model_export.mixer import VARIANTS, Mixer, MixerConfig
-from model_export.samples import photo_like
+from model_export.samples import GOLDEN_SHARE, photo_like
 from model_export.session import open_session
 
 Precision = Literal["fp32", "fp16", "int8"]
 
 _GOLDEN_SEED = 0
-# Largest |Δlogit| / largest |logit| that is still the same model. Measured on the embedded model
-# and a B/16: float32 against float64 6e-7, so another CPU or GPU passes; TF32 4e-4, a wrong GELU
-# form 1.6e-4 and more, so a wrong runtime does not. Half has TF32's mantissa, but rounds each
-# result to it as well.
-_GOLDEN_SHARE = {"fp32": 1e-4, "fp16": 1e-2}
 _GOLDEN_FLOOR = 1e-6  # a head of zeros has no logits to take a share of
 # A protobuf message holds 2 GiB at most; the graph itself takes little beside its weights.
 _MAX_PARAMETERS = (2**31 - 2**20) // 4
@@ -100,7 +95,7 @@ def export(
         shrunk = None
         if request.precision == "fp32":
             logits, _ = verify.torch_outputs(model, preprocessing, sample)
-            tolerance = _GOLDEN_SHARE["fp32"] * float(np.abs(logits).max())
+            tolerance = GOLDEN_SHARE["fp32"] * float(np.abs(logits).max())
         else:
             proto, shrunk = _shrink(model, request, proto, step)
             session = open_session(proto.SerializeToString())
@@ -108,7 +103,7 @@ def export(
             # Rounding flips differ between processors, but by no more than rounding itself cost.
             tolerance = max(
                 shrunk.loss.logits,
-                _GOLDEN_SHARE.get(request.precision, 0) * float(np.abs(logits).max()),
+                GOLDEN_SHARE.get(request.precision, 0) * float(np.abs(logits).max()),
             )
         step("writing")
         golden = Golden.of(sample, logits, max(tolerance, _GOLDEN_FLOOR))

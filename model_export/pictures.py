@@ -41,8 +41,13 @@ class ImageFolder:
         self._wanted = {
             str(name): folder for name, folder in found.items() if name.suffix.lower() in SUFFIXES
         }
+        # A training decodes whatever there is; here stray lists and notes are no refused pictures.
+        self.left_out = sorted(str(name) for name in found if str(name) not in self._wanted)
         if not self._wanted:
-            raise ExportError(f"{path}: holds no pictures in a folder per class")
+            raise ExportError(
+                f"{path}: holds no pictures in a folder per class; names of pictures end in "
+                f"{' '.join(sorted(SUFFIXES))}"
+            )
         self.folders = sorted(set(self._wanted.values()))
 
     def __len__(self) -> int:

@@ -88,6 +88,11 @@ def evaluation(result: Evaluation) -> str:
             f"  refused    {len(result.refused)} pictures that cannot be decoded, "
             f"{result.refused[0]} the first; they count nowhere"
         )
+    if result.left_out:
+        lines.append(
+            f"  left out   {len(result.left_out)} files without the name of a picture, "
+            f"{result.left_out[0]} the first"
+        )
     if result.by_order:
         lines.append("  classes    matched by order: no folder bears the name of a label")
     lines.append("  per class")

@@ -25,11 +25,12 @@ from safetensors.torch import save
 
 from app.errors import first_line
 from app.model_card import Preprocessing
-from model_export import timm
+from model_export import hub, timm
 from model_export.errors import ExportError
 from model_export.mixer import Mixer
 
 STATE = "state.pt"
+RECIPE = "recipe.toml"
 _FORMAT = 2
 
 
@@ -41,7 +42,7 @@ class RunFolder:
         resume: whether a run must be there already, or must not.
 
     Raises:
-        ExportError: there is a run and `resume` is false, or the other way round.
+        ExportError: there is a run and `resume` is false, or the other way round; or another model.
     """
 
     def __init__(self, path: Path, *, resume: bool) -> None:
@@ -53,6 +54,11 @@ class RunFolder:
             )
         if not resume and (path / STATE).exists():
             raise ExportError(f"{path} holds a run: --resume goes on with it, or choose another -o")
+        if not resume and (name := _of_another(path)) is not None:
+            raise ExportError(
+                f"{path} holds {name}, which is of no run that was cut short: the run would "
+                "overwrite it; choose another -o"
+            )
         path.mkdir(parents=True, exist_ok=True)
 
     def save_state(self, state: dict[str, Any]) -> None:
@@ -118,3 +124,13 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(self.path / name)
+
+
+def _of_another(path: Path) -> str | None:
+    """Return the name of a model's file in a folder without a state, unless a run left it there.
+
+    One that is killed while it first saves leaves its recipe and its model.
+    """
+    if (path / RECIPE).exists() and not (path / "model_card.md").exists():
+        return None
+    return next((name for name in (*hub.WEIGHTS, "config.json") if (path / name).exists()), None)

@@ -11,6 +11,12 @@ from app.model_card import Preprocessing
 # random color grids of so many cells a side, each weighing half of the one before.
 _CELLS = (2, 5, 12, 32)
 
+# Largest |Δlogit| / largest |logit| of the golden that is still the same model. Measured on the
+# embedded model and a B/16: float32 against float64 6e-7, so another CPU or GPU passes; TF32 4e-4,
+# a wrong GELU form 1.6e-4 and more, so a wrong runtime does not. Half has TF32's mantissa, but
+# rounds each result to it as well.
+GOLDEN_SHARE = {"fp32": 1e-4, "fp16": 1e-2}
+
 
 def photo_like(count: int, preprocessing: Preprocessing, seed: int) -> NDArray[np.uint8]:
     """Draw `count` pictures as patches uint8 [count, tokens, P·P·3]; `seed` fixes them."""

@@ -63,6 +63,7 @@ def _fine_tuned(source: str, classes: int) -> tuple[Mixer, Preprocessing]:
     tanh form (Google's) goes on with erf. The two are at most 5e-4 apart, and training adapts.
     """
     checkpoint = checkpoints.load(source, allow_zero_head=True)
+    checkpoints.check_pixels(checkpoint.preprocessing)
     model = checkpoint.model
     model.head = nn.Linear(model.head.in_features, classes)
     nn.init.zeros_(model.head.weight)

@@ -17,7 +17,7 @@ from model_export.decoded import Pictures, Skipped
 from model_export.errors import ExportError
 from model_export.labels import check as check_labels
 from model_export.recipe import Recipe
-from model_export.run_folder import RunFolder
+from model_export.run_folder import RECIPE, RunFolder
 from model_export.signals import signals_collected
 from model_export.trainer import Trainer
 from model_export.update import multiplies_bfloat16
@@ -64,6 +64,11 @@ def train(request: Request) -> int | None:
     listing = _with_test(listing, share, rules)
     if state is None:
         folder = RunFolder(request.output, resume=False)
+        if request.config and request.config.resolve() == (request.output / RECIPE).resolve():
+            raise ExportError(
+                f"--config {request.config}: the run would overwrite it with its own; "
+                "choose another -o"
+            )
         model, preprocessing = train_model.build(rules, len(listing.classes))
     else:
         _check_same(request, listing, state, bfloat16=multiplies_bfloat16(device))
@@ -73,7 +78,7 @@ def train(request: Request) -> int | None:
     trainer = Trainer(rules, model, preprocessing, *pictures[:2], device, request.compile)
     if state is not None:
         trainer.restore(state["trainer"])
-    folder.write("recipe.toml", recipe.to_toml(rules))
+    folder.write(RECIPE, recipe.to_toml(rules))
     facts = {
         "recipe": recipe.to_toml(rules),
         "data": listing.digest(),

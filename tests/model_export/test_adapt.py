@@ -1,5 +1,7 @@
 """`mixer-train adapt`: a few pictures of each class give a model a new head."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +81,61 @@ def test_small_precisions_are_adapted(convert: Convert, images: Path, tmp_path: 
         golden.tolerance / np.abs(golden.logits()).max() for golden in map(_golden, (model, output))
     ]
     assert shares[0] == pytest.approx(shares[1], rel=1e-3)
+
+
+@pytest.fixture
+def headless(tmp_path: Path) -> Path:
+    """Return the tiny Mixer as it is before anybody has trained its head."""
+    with np.load(TINY) as file:
+        arrays = dict(file)
+    for name in ("head/kernel", "head/bias"):
+        arrays[name] = np.zeros_like(arrays[name])
+    np.savez(tmp_path / "headless.npz", **arrays)
+    return tmp_path / "headless.npz"
+
+
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 1e-4), ("fp16", 1e-2)])
+def test_head_of_zeros_has_a_golden_of_its_own(
+    convert: Convert, headless: Path, images: Path, tmp_path: Path, precision: str, share: float
+) -> None:
+    """A base whose logits are all zero gives its precision's tolerance, not any whatsoever."""
+    flags = ("--with-features", "--allow-zero-head", "--precision", precision)
+    model, output = convert(headless, 7, *flags), tmp_path / "colors.onnx"
+    assert main(["adapt", str(model), str(images), "-o", str(output)]) == 0
+    golden = _golden(output)
+    assert golden.tolerance == pytest.approx(share * np.abs(golden.logits()).max(), rel=1e-3)
+
+
+def test_head_of_zeros_in_int8_is_refused(
+    convert: Convert,
+    headless: Path,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What int8 has cost cannot be told from logits that are all zero."""
+    flags = ("--with-features", "--allow-zero-head", "--precision", "int8", "--min-agreement", "0")
+    model, output = convert(headless, 7, *flags), tmp_path / "colors.onnx"
+    assert main(["adapt", str(model), str(images), "-o", str(output)]) == 1
+    assert "nothing tells what int8 costs" in capsys.readouterr().err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("begins", ["adapt", "fine-tuning"])
+def test_numbers_for_whole_pixels(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], begins: str
+) -> None:
+    """A checkpoint with a mean of pixels up to 255 is refused before anything is trained on it."""
+    folder = shutil.copytree(FIXTURES / "timm_mixer_tiny", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["mean"] = [123.675, 116.28, 103.53]
+    (folder / "config.json").write_text(json.dumps(config))
+    if begins == "adapt":
+        command = ["adapt", str(folder), str(images), "-o", str(tmp_path / "m.onnx")]
+    else:
+        command = [str(images), "-o", str(tmp_path / "run"), "--init", str(folder)]
+    assert main(command) == 1
+    assert "mean 123.675 116.28 103.53: expected those of pixels" in capsys.readouterr().err
 
 
 def test_scores_are_decided(convert: Convert, images: Path, tmp_path: Path) -> None:

@@ -85,6 +85,37 @@ def test_tar_counts_as_unpacked(tmp_path: Path) -> None:
     assert len(list(dataset.read(path, names))) == 4
 
 
+def test_links_may_come_first(tmp_path: Path) -> None:
+    """A tar's links stand for files and folders that come later, also by way of other links."""
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as tar:
+        add(tar, "train/a/1", link="2", kind=tarfile.SYMTYPE)
+        add(tar, "train/a/2", link="../../all/1", kind=tarfile.SYMTYPE)
+        add(tar, "train/b", link="../all", kind=tarfile.SYMTYPE)
+        add(tar, "train/b2/round", link="../b2", kind=tarfile.SYMTYPE)
+        add(tar, "train/b2/3", b"3")
+        add(tar, "all/1", b"1")
+        add(tar, "all/inside/4", b"4")
+    listing = dataset.find(path)
+    names = [name for name, _ in listing.train]
+    assert listing.classes == ("a", "b", "b2")
+    assert names == ["train/a/1", "train/a/2", "train/b/1", "train/b/inside/4", "train/b2/3"]
+    contents = [b"1", b"1", b"1", b"4", b"3"]
+    assert dict(dataset.read(path, names)) == dict(zip(names, contents, strict=True))
+
+
+def test_link_that_is_replaced(tmp_path: Path) -> None:
+    """Of a file and a link of one name the later one counts, as in unpacking."""
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as tar:
+        add(tar, "a/1", link="../b/1", kind=tarfile.SYMTYPE)
+        add(tar, "a/1", b"file")
+        add(tar, "a/2", b"file")
+        add(tar, "a/2", link="../b/1", kind=tarfile.SYMTYPE)
+        add(tar, "b/1", b"linked")
+    assert dict(dataset.read(path, ["a/1", "a/2"])) == {"a/1": b"file", "a/2": b"linked"}
+
+
 def test_class_without_a_writable_name_is_refused(tmp_path: Path) -> None:
     """A folder whose name is no UTF-8 is refused before anything is trained."""
     (tmp_path / "a").mkdir()

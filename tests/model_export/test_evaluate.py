@@ -185,6 +185,18 @@ def test_undecodable_pictures_are_counted_apart(
     assert "1 pictures that cannot be decoded, bird/broken.jpg" in report
 
 
+def test_files_without_a_picture_s_name_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What lies beside the pictures under other names is left out, and counted."""
+    draw(tmp_path / "data", ("bird",), 2)
+    (tmp_path / "data" / "bird" / "0.png").rename(tmp_path / "data" / "bird" / "0.photo")
+    assert main(["evaluate", str(MODEL), str(tmp_path / "data")]) == 0
+    report = capsys.readouterr().out
+    assert "on 1 pictures\n" in report
+    assert "left out   1 files without the name of a picture, bird/0.photo the first" in report
+
+
 def test_folders_of_other_names_match_by_order(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -401,6 +401,34 @@ def test_runs_are_not_mixed_up(run: Path, images: Path, refusal: Callable[..., s
     assert "holds no run" in refusal(images, "-o", images, "--resume")
 
 
+def test_models_are_not_overwritten(
+    run: Path, images: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    """A folder with a model of no run is not written to, nor a recipe that is read from there."""
+    model = shutil.copytree(FIXTURES / "timm_mixer_tiny", tmp_path / "model")
+    before = {file.name: file.read_bytes() for file in model.iterdir()}
+    said = refusal(images, "-o", model, "--init", model, "--no-compile")
+    assert f"{model} holds model.safetensors, which is of no run that was cut short" in said
+    assert {file.name: file.read_bytes() for file in model.iterdir()} == before
+    finished = shutil.copytree(run, tmp_path / "finished", ignore=lambda *_: ["state.pt"])
+    assert "holds model.safetensors" in refusal(images, "-o", finished, *QUICK)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("# mine\n" + (run / "recipe.toml").read_text())
+    assert "would overwrite it" in refusal(images, "-o", tmp_path, "--config", recipe)
+    assert recipe.read_text().startswith("# mine\n")
+
+
+def test_run_that_was_killed_as_it_began_may_begin_anew(
+    run: Path, images: Path, tmp_path: Path
+) -> None:
+    """What a run leaves that never saved its state keeps nobody from starting it again."""
+    begun = shutil.copytree(
+        run, tmp_path / "begun", ignore=lambda *_: ["state.pt", "model_card.md"]
+    )
+    assert main([str(images), "-o", str(begun), *QUICK, *MILD]) == 0
+    assert metrics(begun) == metrics(run)
+
+
 def test_resume_with_other_sums_is_told(
     run: Path,
     images: Path,
