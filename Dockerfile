@@ -50,9 +50,10 @@ COPY pyproject.toml README.md LICENSE ./
 COPY app app
 RUN /build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir . . \
     && /build/bin/pip --python /opt/mixer/bin/python install --no-cache-dir --no-deps ./*.whl \
-    && cp app/models/mixer-cifar10.onnx model.onnx \
+    && install -m 644 app/models/mixer-cifar10.onnx model.onnx \
     && find /opt/mixer/bin -name 'mixer-*' ! -name mixer-serve -delete
-COPY docker/healthcheck.py /opt/mixer/
+# Readable for whomever the image runs as, also from a checkout that is its owner's alone.
+COPY --chmod=644 docker/healthcheck.py /opt/mixer/
 
 # --- how both images run ------------------------------------------------------------------------
 FROM python AS serve

@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 BASE = "localhost/base"
+CONTEXT = (".dockerignore", "Dockerfile", "LICENSE", "README.md", "app", "docker", "pyproject.toml")
 NEEDED = ("buildah", "debootstrap", "setpriv", "unshare")
 
 
@@ -70,8 +71,18 @@ class Store:
             f"--volume={pip}:/etc/pip.conf:ro",
             f"--target={target}",
             f"--tag={target}",
-            str(ROOT),
+            str(self._checkout()),
         )
+
+    def _checkout(self) -> Path:
+        """Return a copy of what the Dockerfile may read, as umask 077 makes one: its owner's."""
+        copy = self._folder / "checkout"
+        if not copy.exists():
+            copy.mkdir()
+            for name in CONTEXT:
+                _run("cp", "--recursive", str(ROOT / name), str(copy))
+            _run("chmod", "--recursive", "go=", str(copy))
+        return copy
 
     @contextmanager
     def opened(self, name: str) -> Iterator[Image]:

@@ -154,6 +154,24 @@ def test_registry_named_in_both_overlays(tmp_path: Path) -> None:
     assert container["image"] == "registry.example/mixer-serve:gpu"
 
 
+def test_replicas_on_gpus_are_bounded_apart() -> None:
+    """The overlay for GPUs does not ask for the base's three to twenty replicas."""
+    bounds = {
+        overlay: (found["minReplicas"], found["maxReplicas"])
+        for overlay in OVERLAYS
+        for found in [_rendered(overlay)["HorizontalPodAutoscaler"]["spec"]]
+    }
+    assert bounds == {"base": (3, 20), "gpu": (1, 4)}
+
+
+def test_no_overlay_shortens_the_start() -> None:
+    """A replica may take as long to load and warm up on a GPU as on CPUs."""
+    for overlay in OVERLAYS:
+        spec = _rendered(overlay)["Deployment"]["spec"]["template"]["spec"]
+        probe = spec["containers"][0]["startupProbe"]
+        assert probe["failureThreshold"] * probe["periodSeconds"] == 300
+
+
 @cache
 def _rendered(overlay: str) -> dict[str, Resource]:
     return _built(FOLDER / overlay)
