@@ -25,9 +25,9 @@ _ENVIRONMENT = {
     # system is zeroed page by page, which is a tenth of decoding a photo.
     "PILLOW_BLOCKS_MAX": "2",
     "PILLOW_BLOCK_SIZE": "4m",
-    # Likewise the C library (mallopt(3)). Pillow's blocks of large pictures must not come from its
-    # heap: anything small that lies behind them would keep them for good.
-    "MALLOC_MMAP_THRESHOLD_": str(2**20),
+    # Likewise the C library (mallopt(3)). Pillow's blocks of large pictures, of almost 4 MiB each,
+    # must not come from its heap: anything small that lies behind them would keep them for good.
+    "MALLOC_MMAP_THRESHOLD_": str(7 * 2**19),
     "MALLOC_TRIM_THRESHOLD_": str(8 * 2**20),
     # numpy's threads would be there for nothing, and a process with threads cannot be forked well.
     "OPENBLAS_NUM_THREADS": "1",

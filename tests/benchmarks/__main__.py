@@ -54,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         default="ours",
         help="of the peers: with this service's code, or with Pillow as tutorials do",
     )
-    parser.add_argument("--threads", type=int, default=2, help="of one inference, everywhere")
-    parser.add_argument("--rounds", type=int, help="visits to each server (default: 3)")
+    parser.add_argument("--threads", type=positive, default=2, help="of one inference, everywhere")
+    parser.add_argument("--rounds", type=positive, help="visits to each server (default: 3)")
     parser.add_argument(
         "--output",
         type=Path,
@@ -64,6 +64,18 @@ def _parser() -> argparse.ArgumentParser:
         help="for results.json, table.md and the plots",
     )
     return parser
+
+
+def positive(text: str) -> int:
+    """Return a whole number of at least 1.
+
+    Raises:
+        ValueError: it is none.
+    """
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ def install(server: Server, folder: Path) -> Path:
     with log.open("w") as output:
         for command in (create, [*pip, *server.packages]):
             if subprocess.run(command, cwd=ROOT, stdout=output, stderr=output).returncode:
-                raise BenchmarkError(f"{server.name} cannot be installed: see {log}")
+                raise BenchmarkError(
+                    f"{server.name} cannot be installed: see {log}, or leave it out of --servers"
+                )
     mark.write_text(wanted)
     return environment
 

@@ -8,6 +8,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -47,12 +48,20 @@ class Rounds:
     """Carries out a plan."""
 
     def __init__(self, plan: Plan) -> None:
+        """Count the visits.
+
+        Raises:
+            BenchmarkError: there are no photos.
+        """
         self._plan = plan
         self._photos = load_photos(plan.photos)
+        if not self._photos:
+            raise BenchmarkError(f"--photos {plan.photos}: no .jpg or .jpeg in it")
         visits = plan.rounds * len(plan.servers)
         steps = len({OURS.name, *(server.name for server in plan.servers)})
-        steps += visits + len(plan.models) * (1 + visits + plan.rounds)
-        self._bar = tqdm(total=steps, unit="visit", disable=None)
+        self._steps = steps + visits + len(plan.models) * (1 + visits + plan.rounds)
+        self._done = 0
+        self._bar = tqdm(total=self._steps, unit="visit", disable=None)
 
     def run(self) -> Figures:
         """Return all figures.
@@ -195,6 +204,10 @@ class Rounds:
         }
 
     def _step(self, what: str) -> None:
+        """Tell what begins: by the bar on a terminal, by a line elsewhere."""
+        if self._bar.disable:
+            sys.stderr.write(f"{self._done} of {self._steps}: {what}\n")
+        self._done += 1
         self._bar.set_description_str(what)
         self._bar.update()
 

@@ -1,10 +1,13 @@
-"""The benchmark's figures: medians of rounds, and the CPU time of whole process trees."""
+"""The benchmark's figures: medians of rounds, the CPU time of whole process trees; its options."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
+import pytest
 
+from tests.benchmarks.__main__ import main
 from tests.benchmarks.processes import Running
 from tests.benchmarks.rounds import median
 
@@ -31,3 +34,23 @@ def test_ended_children_count() -> None:
         assert process.stdout.readline() == b"done\n"
         assert Running(0, 0.0, psutil.Process(process.pid)).cpu_s() >= 0.5
         process.communicate(b"")
+
+
+def test_folder_without_photos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder without JPEGs is told at once, in a line."""
+    monkeypatch.setattr(sys, "argv", ["bench", "--photos", str(tmp_path)])
+    assert main() == 1
+    assert capsys.readouterr().err == f"bench: --photos {tmp_path}: no .jpg or .jpeg in it\n"
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--threads"])
+def test_options_that_count(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rounds and threads are at least one."""
+    monkeypatch.setattr(sys, "argv", ["bench", option, "0"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert f"{option}: invalid positive value: '0'" in capsys.readouterr().err
