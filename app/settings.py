@@ -83,9 +83,9 @@ class Settings(BaseModel):
         default=1000,
         ge=1,
         le=3_600_000,
-        description="longest predicted wait; what would wait longer is refused with 429, since a "
-        "client that waits a second is better off at another replica; "
-        "four batches are always taken",
+        description="longest wait; from a predicted 0.7 of it on requests are refused with 429, "
+        "since a client that waits a second is better off at another replica; of what waits for "
+        "the engine four batches are always taken",
     )
     request_timeout_ms: int = Field(
         default=10_000,
@@ -159,7 +159,8 @@ class Settings(BaseModel):
         description="origins whose pages may call the service, comma-separated; none by default",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="least severity that is logged; requests are info"
+        default="info", description="least severity that is logged; requests are info, "
+        "those answered with 500 error"
     )
     log_format: LogFormat = Field(
         default="auto", description="auto is text on a terminal, else one JSON object a line"
