@@ -150,9 +150,7 @@ def _backend(options: argparse.Namespace) -> Backend:
 
 
 def _is_same(image: Path, output: Path | None) -> bool:
-    return (
-        output is not None and image.name == output.name and image.resolve() == output.resolve()
-    )
+    return output is not None and image.name == output.name and image.resolve() == output.resolve()
 
 
 def _holds_something(file: Path | None) -> bool:
