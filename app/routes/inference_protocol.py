@@ -16,7 +16,7 @@ from app.documents import EXAMPLE_IMAGE, read_alone
 from app.errors import NoSuchModel, Problem
 from app.routes.classify import check_predictions, checked_top_k
 from app.routes.health import livez, readyz
-from app.routes.openapi import CLASSIFY_STATUSES, json_content, problems
+from app.routes.openapi import BYTES, CLASSIFY_STATUSES, json_content, problems
 from app.service import Service
 from app.tensors import (
     IMAGE,
@@ -40,6 +40,28 @@ _EXAMPLE = {
     "id": "1",
     "inputs": [{"name": IMAGE, "shape": [1], "datatype": "BYTES", "data": [EXAMPLE_IMAGE]}],
     "parameters": {"top_k": 3},
+}
+
+_ANSWER = {
+    "model_name": "mixer-cifar10",
+    "model_version": "1f0c2d3e4a5b",
+    "id": "1",
+    "outputs": [{"name": LABEL, "datatype": "BYTES", "shape": [1, 1], "data": ["cat"]}],
+}
+# JSON of the length that a header tells, then the tensors' bytes.
+_BINARY = {"application/octet-stream": {"schema": BYTES}}
+_INFER: dict[str, Any] = {
+    "response_class": Response,
+    "responses": {
+        200: {"content": {"application/json": {"example": _ANSWER}} | _BINARY},
+        **problems(404, *CLASSIFY_STATUSES),
+    },
+    "openapi_extra": {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": json_content(InferRequest, _EXAMPLE)} | _BINARY,
+        }
+    },
 }
 
 
@@ -95,36 +117,13 @@ async def model_ready(request: Request, name: str, version: str | None = None) -
     return {"name": card.name, "ready": True}
 
 
-@router.post(
-    "/models/{name}/infer",
-    response_class=Response,
-    responses={
-        200: {
-            "content": {
-                "application/json": {
-                    "example": {
-                        "model_name": "mixer-cifar10",
-                        "model_version": "1f0c2d3e4a5b",
-                        "id": "1",
-                        "outputs": [
-                            {"name": LABEL, "datatype": "BYTES", "shape": [1, 1], "data": ["cat"]}
-                        ],
-                    }
-                }
-            }
-        },
-        **problems(404, *CLASSIFY_STATUSES),
-    },
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": json_content(InferRequest, _EXAMPLE)},
-        }
-    },
-)
-@router.post("/models/{name}/versions/{version}/infer", include_in_schema=False)
+@router.post("/models/{name}/infer", **_INFER)
+@router.post("/models/{name}/versions/{version}/infer", **_INFER)
 async def infer(request: Request, name: str, version: str | None = None) -> Response:
     """Classify the images of the BYTES tensor `image`, in JSON as base64 or in binary.
+
+    In binary the body is JSON and then the tensors; `Inference-Header-Content-Length` has the bytes
+    of the JSON, in an answer as well.
 
     The parameter `top_k` says how many labels; one bad image fails the request, since the protocol
     knows no answer for a part of it.
