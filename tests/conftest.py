@@ -38,7 +38,7 @@ def client(serve: Serve) -> TestClient:
 def shared() -> Path:
     """Return the folder of data sets beside the checkout, or skip."""
     folder = ROOT.parent / "shared"
-    if not folder.is_dir():
+    if not (folder / "data" / "photos.tar").is_file():
         pytest.skip("the data sets beside the checkout (../shared) are absent")
     return folder
 

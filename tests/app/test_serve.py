@@ -310,6 +310,14 @@ def test_import_brings_neither_torch_nor_onnx() -> None:
     assert not {"torch", "onnx", "onnxruntime"} & set(result.stdout.split())
 
 
+def test_no_module_of_the_service_knows_the_exporter() -> None:
+    """Nothing in `app` imports torch, onnx or model_export, not even where it is needed."""
+    foreign = re.compile(r"^\s*(?:from|import) (?:torch|onnx|model_export)\b", re.MULTILINE)
+    modules = list((ROOT / "app").rglob("*.py"))
+    assert len(modules) > 50
+    assert [path for path in modules if foreign.search(path.read_text(encoding="utf-8"))] == []
+
+
 def test_signal_while_it_starts() -> None:
     """Until the model is warm the port is closed, and a signal ends the process at once."""
     script = (

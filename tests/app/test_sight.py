@@ -333,5 +333,5 @@ def test_what_took_time_is_timed(status: int, count: int) -> None:
     metrics = Metrics()
     metrics.finish_request(new_trace(), "/classify", status, 0.5)
     text = asyncio.run(metrics.scrape()).decode()
-    line = f'mixer_request_seconds_count{{route="/classify"}} {count}.0'
-    assert (line in text) == bool(count)
+    assert text.count('mixer_request_seconds_count{route="/classify"} 1.0') == count
+    assert text.count("mixer_request_seconds_count{") == count

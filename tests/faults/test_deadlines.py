@@ -139,10 +139,10 @@ def test_bad_deadline(fake: Start, value: str) -> None:
 @pytest.mark.parametrize("value", ["9" * 30, "0" * 30 + "9000"])
 def test_long_deadline(fake: Start, value: str) -> None:
     """A deadline of any number of digits is taken; the setting is still the longest."""
-    with fake(batch_ms=400, request_timeout_ms=200) as server:
+    with fake(batch_ms=400, request_timeout_ms=200, max_batch=1) as server:
         assert one(server.url, post(make_image(), X_Request_Timeout_Ms=value)).status == 504
     with fake() as server:
         assert one(server.url, post(make_image(), X_Request_Timeout_Ms=value)).status == 200
-    with fake(batch_ms=400) as server:  # zeros ahead are no digits
+    with fake(batch_ms=400, max_batch=1) as server:  # zeros ahead are no digits
         hurried = post(make_image(), X_Request_Timeout_Ms="0" * 30 + "100")
         assert one(server.url, hurried).status == 504

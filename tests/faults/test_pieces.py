@@ -24,7 +24,7 @@ CHUNKED = (
 def send(server: Server, pieces: Sequence[bytes]) -> bytes:
     """Send one piece after the other; return what comes back until the end, or a silence."""
     with dial(server.url) as client:
-        client.settimeout(0.5)
+        client.settimeout(20)
         answer = b""
         try:
             for piece in pieces:
@@ -32,6 +32,7 @@ def send(server: Server, pieces: Sequence[bytes]) -> bytes:
                 time.sleep(0.01)
             while chunk := client.recv(65536):
                 answer += chunk
+                client.settimeout(0.5)
         except (ConnectionError, TimeoutError):
             pass
         return answer

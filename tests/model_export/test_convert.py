@@ -57,7 +57,7 @@ def test_file_names_nothing_of_the_exporting_machine(tiny: Path) -> None:
     """The file holds neither the working folder's path nor the exporter's stack traces."""
     content = tiny.read_bytes()
     for trace in (str(Path.cwd()), str(Path.home()), ".py", "torch"):
-        assert trace.encode() not in content
+        assert trace == "/" or trace.encode() not in content
 
 
 def test_graph_is_made_of_fused_operators(tiny: Path) -> None:

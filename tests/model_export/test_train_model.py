@@ -107,7 +107,7 @@ def test_recipe_survives_its_file(tmp_path: Path) -> None:
     assert recipe.load(tmp_path / "recipe.toml", {}) == rules
 
 
-@pytest.mark.parametrize("name", ["cifar10.toml", "fine-tune.toml"])
+@pytest.mark.parametrize("name", ["cifar10.toml", "cifar10-further.toml", "fine-tune.toml"])
 def test_committed_recipes_hold(name: str) -> None:
     """The recipes that come with the package can be read."""
     folder = Path(recipe.__file__).parent / "recipes"
