@@ -49,14 +49,13 @@ def members(
                 raise ExportError(f"{path}: is cut off or damaged, it has no end mark")
             while content.read(_PIECE_BYTES):
                 pass  # a checksum comes last
-    _follow(links, files, folders)
+    _follow(links, files)
     return files, folders
 
 
 def _follow(
     links: Mapping[PurePosixPath, PurePosixPath],
     files: dict[PurePosixPath, tarfile.TarInfo],
-    folders: set[PurePosixPath],
 ) -> None:
     """Add what links stand for: files, or all that is in a folder."""
     linked: dict[PurePosixPath, list[PurePosixPath]] = {}  # by folder
@@ -77,4 +76,3 @@ def _follow(
         for name in linked.get(folder, ())
     ]
     files.update(inside)
-    folders.update(name for folder in linked.keys() & folders for name in linked[folder])

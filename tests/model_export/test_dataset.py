@@ -89,6 +89,7 @@ def test_links_may_come_first(tmp_path: Path) -> None:
     """A tar's links stand for files and folders that come later, also by way of other links."""
     path = tmp_path / "set.tar"
     with tarfile.open(path, "w") as tar:
+        add(tar, "train/a/0", link="1", kind=tarfile.SYMTYPE)
         add(tar, "train/a/1", link="2", kind=tarfile.SYMTYPE)
         add(tar, "train/a/2", link="../../all/1", kind=tarfile.SYMTYPE)
         add(tar, "train/b", link="../all", kind=tarfile.SYMTYPE)
@@ -99,8 +100,9 @@ def test_links_may_come_first(tmp_path: Path) -> None:
     listing = dataset.find(path)
     names = [name for name, _ in listing.train]
     assert listing.classes == ("a", "b", "b2")
-    assert names == ["train/a/1", "train/a/2", "train/b/1", "train/b/inside/4", "train/b2/3"]
-    contents = [b"1", b"1", b"1", b"4", b"3"]
+    assert names[:3] == ["train/a/0", "train/a/1", "train/a/2"]
+    assert names[3:] == ["train/b/1", "train/b/inside/4", "train/b2/3"]
+    contents = [b"1", b"1", b"1", b"1", b"4", b"3"]
     assert dict(dataset.read(path, names)) == dict(zip(names, contents, strict=True))
 
 
@@ -112,8 +114,14 @@ def test_link_that_is_replaced(tmp_path: Path) -> None:
         add(tar, "a/1", b"file")
         add(tar, "a/2", b"file")
         add(tar, "a/2", link="../b/1", kind=tarfile.SYMTYPE)
+        add(tar, "a/3", b"file")
+        add(tar, "a/3", link="nowhere", kind=tarfile.SYMTYPE)
+        add(tar, "b/1", b"old")
+        add(tar, "a/4", link="b/1", kind=tarfile.LNKTYPE)  # to what it is by now
         add(tar, "b/1", b"linked")
-    assert dict(dataset.read(path, ["a/1", "a/2"])) == {"a/1": b"file", "a/2": b"linked"}
+    contents = {"a/1": b"file", "a/2": b"linked", "a/4": b"old", "b/1": b"linked"}
+    assert [name for name, _ in dataset.find(path).train] == list(contents)
+    assert dict(dataset.read(path, list(contents))) == contents
 
 
 def test_class_without_a_writable_name_is_refused(tmp_path: Path) -> None:
