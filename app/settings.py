@@ -159,9 +159,7 @@ class Settings(BaseModel):
         description="origins whose pages may call the service, comma-separated; none by default",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info",
-        description="least severity that is logged; requests are info, "
-        "those answered with 500 error",
+        default="info", description="least severity that is logged; requests are info, 500s error"
     )
     log_format: LogFormat = Field(
         default="auto", description="auto is text on a terminal, else one JSON object a line"

@@ -25,7 +25,7 @@ from model_export import dataset, decoded, labels, ridge
 from model_export.decoded import Pictures
 from model_export.errors import ExportError
 from model_export.ridge import Head
-from model_export.samples import GOLDEN_SHARE, photo_like
+from model_export.samples import photo_like, tolerated_share
 from model_export.session import open_engine, open_session
 
 FEATURES = "features"
@@ -94,7 +94,7 @@ def adapt(source: str, data: Path, output: Path, name: str | None) -> Adapted:
     new_card = _card(card, head, listing.classes, name)
     sample = photo_like(1, fed, 0)
     logits = _run(proto, "logits", sample)
-    tolerance = max(_share(card, golden, source) * float(np.abs(logits).max()), 1e-6)
+    tolerance = max(tolerated_share(card, golden, source) * float(np.abs(logits).max()), 1e-6)
     helper.set_model_props(proto, write_metadata(new_card, Golden.of(sample, logits, tolerance)))
     with tempfile.TemporaryDirectory(prefix=".mixer-train-", dir=output.parent) as folder:
         draft = Path(folder) / output.name
@@ -129,23 +129,6 @@ def _exported(source: str) -> Iterator[Path]:
         path = Path(folder) / "base.onnx"
         export.export(checkpoint, request, path, lambda _: None)
         yield path
-
-
-def _share(card: ModelCard, golden: Golden, source: str) -> float:
-    """Return what part of its largest logit the model's logits may be off by.
-
-    Raises:
-        ExportError: they are all zero, and nothing else tells.
-    """
-    largest = float(np.abs(golden.logits()).max())
-    if largest > golden.tolerance:
-        return golden.tolerance / largest
-    if card.precision not in GOLDEN_SHARE:
-        raise ExportError(
-            f"{source}: its head is all zeros, so nothing tells what {card.precision} costs; "
-            "adapt a file in float32 or fp16"
-        )
-    return GOLDEN_SHARE[card.precision]
 
 
 def _open(path: Path) -> onnx.ModelProto:

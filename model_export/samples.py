@@ -1,11 +1,12 @@
-"""Synthetic pictures that behave like photos: models are verified on them, one is the golden."""
+"""Synthetic pictures that behave like photos; one is the golden, and how far it may be off."""
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from app.images import patchify
-from app.model_card import Preprocessing
+from app.model_card import Golden, ModelCard, Preprocessing
+from model_export.errors import ExportError
 
 # Photos have most of their contrast in large shapes and less of it in every finer detail:
 # random color grids of so many cells a side, each weighing half of the one before.
@@ -27,6 +28,23 @@ def photo_like(count: int, preprocessing: Preprocessing, seed: int) -> NDArray[n
             for _ in range(count)
         ]
     )
+
+
+def tolerated_share(card: ModelCard, golden: Golden, source: str) -> float:
+    """Return what part of the largest of its golden sample's logits a model may be off by.
+
+    Raises:
+        ExportError: they are all zero, and nothing else tells.
+    """
+    largest = float(np.abs(golden.logits()).max())
+    if largest > golden.tolerance:
+        return golden.tolerance / largest
+    if card.precision not in GOLDEN_SHARE:
+        raise ExportError(
+            f"{source}: its head is all zeros, so nothing tells what {card.precision} costs; "
+            "adapt a file in float32 or fp16"
+        )
+    return GOLDEN_SHARE[card.precision]
 
 
 def _picture(rng: np.random.Generator, side: int) -> Image.Image:

@@ -65,10 +65,7 @@ def train(request: Request) -> int | None:
     if state is None:
         folder = RunFolder(request.output, resume=False)
         if request.config and request.config.resolve() == (request.output / RECIPE).resolve():
-            raise ExportError(
-                f"--config {request.config}: the run would overwrite it with its own; "
-                "choose another -o"
-            )
+            raise ExportError(f"--config {request.config}: would be overwritten; choose another -o")
         model, preprocessing = train_model.build(rules, len(listing.classes))
     else:
         _check_same(request, listing, state, bfloat16=multiplies_bfloat16(device))

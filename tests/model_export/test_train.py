@@ -414,7 +414,7 @@ def test_models_are_not_overwritten(
     assert "holds model.safetensors" in refusal(images, "-o", finished, *QUICK)
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("# mine\n" + (run / "recipe.toml").read_text())
-    assert "would overwrite it" in refusal(images, "-o", tmp_path, "--config", recipe)
+    assert "would be overwritten" in refusal(images, "-o", tmp_path, "--config", recipe)
     assert recipe.read_text().startswith("# mine\n")
 
 
