@@ -48,8 +48,12 @@ _ANSWER = {
     "id": "1",
     "outputs": [{"name": LABEL, "datatype": "BYTES", "shape": [1, 1], "data": ["cat"]}],
 }
-# JSON of the length that a header tells, then the tensors' bytes.
-_BINARY = {"application/octet-stream": {"schema": BYTES}}
+_BINARY = {
+    "application/octet-stream": {
+        "schema": BYTES,
+        "example": f"(JSON of as many bytes as {JSON_LENGTH_HEADER} says, then the tensors)",
+    }
+}
 _INFER: dict[str, Any] = {
     "response_class": Response,
     "responses": {

@@ -446,7 +446,7 @@ def test_openapi_names_the_headers(client: TestClient) -> None:
     """Each route that classifies names the deadline's header, and shows what a refusal carries."""
     paths = client.get("/openapi.json").json()["paths"]
     posts = [operations["post"] for operations in paths.values() if "post" in operations]
-    assert len(posts) == 5
+    assert len(posts) == 6
     for operation in posts:
         assert "X-Request-Timeout-Ms" in operation["responses"]["504"]["description"]
         assert "Retry-After" in operation["responses"]["429"]["headers"]
