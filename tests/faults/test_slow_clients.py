@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from app.answers import PIECE_BYTES
 from tests.fakes import make_image
 from tests.faults.conftest import Figure, Start
 from tests.faults.load import (
@@ -198,12 +199,18 @@ def test_empty_lines(fake: Start, monkeypatch: pytest.MonkeyPatch, body: bytes) 
 def test_half_a_connection_that_does_not_read(fake: Start) -> None:
     """A client that sends no more, and leaves less than a buffer unread, is dropped, too."""
     with fake() as server, dial(server.url, receive_buffer=4096) as client:
-        one(server.url, get("/openapi.json"))  # the first one is slow: it is made then
-        for _ in range(1000):
+        style = get("/static/page.css")
+        size = len(one(server.url, style).body)
+        assert 5_000 < size < PIECE_BYTES  # of more than that it is waited for that it is read
+        for _ in range(2000):
             held = _held_by_the_kernel(client)
-            client.sendall(get("/openapi.json"))  # less than what is waited for to be read
-            time.sleep(0.05)
-            if _held_by_the_kernel(client) - held < 10_000:  # the server has the rest
+            client.sendall(style)
+            give_up = time.monotonic() + 1
+            while (more := _held_by_the_kernel(client) - held) < size:
+                if time.monotonic() > give_up:
+                    break
+                time.sleep(0.001)
+            if more < size:  # the server has the rest
                 break
         before = server.descriptors()
         client.shutdown(socket.SHUT_WR)
