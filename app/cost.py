@@ -17,7 +17,7 @@ MAX_SCAN_PIXELS = 600_000_000
 # Pillow decodes run-length coded BMPs in Python, 0.1 to 0.2 µs a pixel.
 MAX_RLE_PIXELS = 4_000_000
 # And with two or three reads a run, of which a dithered picture has one for every few pixels.
-MAX_RLE_READS = 2_000_000
+MAX_RLE_READS = 1_000_000
 # It takes 40 ns to decode a pixel of a WebP, several times as long as of any other format.
 MAX_WEBP_PIXELS = 16_000_000
 # Its parsers walk segments, chunks and blocks in Python, each with a few reads of the file, 1 µs a

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from app.arguments import number_within
 from tests.benchmarks import models, report
 from tests.benchmarks.peers import SERVERS
 from tests.benchmarks.processes import ROOT, BenchmarkError
@@ -54,8 +55,15 @@ def _parser() -> argparse.ArgumentParser:
         default="ours",
         help="of the peers: with this service's code, or with Pillow as tutorials do",
     )
-    parser.add_argument("--threads", type=positive, default=2, help="of one inference, everywhere")
-    parser.add_argument("--rounds", type=positive, help="visits to each server (default: 3)")
+    parser.add_argument(
+        "--threads",
+        type=number_within(int, 1, 1000),
+        default=2,
+        help="of one inference, everywhere",
+    )
+    parser.add_argument(
+        "--rounds", type=number_within(int, 1, 1000), help="visits to each server (default: 3)"
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -64,18 +72,6 @@ def _parser() -> argparse.ArgumentParser:
         help="for results.json, table.md and the plots",
     )
     return parser
-
-
-def positive(text: str) -> int:
-    """Return a whole number of at least 1.
-
-    Raises:
-        ValueError: it is none.
-    """
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
 
 
 if __name__ == "__main__":

@@ -59,9 +59,9 @@ class Rounds:
             raise BenchmarkError(f"--photos {plan.photos}: no .jpg or .jpeg in it")
         visits = plan.rounds * len(plan.servers)
         steps = len({OURS.name, *(server.name for server in plan.servers)})
-        self._steps = steps + visits + len(plan.models) * (1 + visits + plan.rounds)
+        steps += visits + len(plan.models) * (1 + visits + plan.rounds)
         self._done = 0
-        self._bar = tqdm(total=self._steps, unit="visit", disable=None)
+        self._bar = tqdm(total=steps, unit="visit", disable=None)
 
     def run(self) -> Figures:
         """Return all figures.
@@ -206,7 +206,7 @@ class Rounds:
     def _step(self, what: str) -> None:
         """Tell what begins: by the bar on a terminal, by a line elsewhere."""
         if self._bar.disable:
-            sys.stderr.write(f"{self._done} of {self._steps}: {what}\n")
+            sys.stderr.write(f"{self._done} of {self._bar.total}: {what}\n")
         self._done += 1
         self._bar.set_description_str(what)
         self._bar.update()

@@ -53,4 +53,4 @@ def test_options_that_count(
     monkeypatch.setattr(sys, "argv", ["bench", option, "0"])
     with pytest.raises(SystemExit, match="2"):
         main()
-    assert f"{option}: invalid positive value: '0'" in capsys.readouterr().err
+    assert f"{option}: '0' is not a number from 1 to 1000" in capsys.readouterr().err
