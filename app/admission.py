@@ -6,8 +6,9 @@ given back whatever happens, so that no error leaks one. All of it runs on the e
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 from app.errors import DeadlineExceeded, QueueFull, TooManyImages
@@ -45,7 +46,7 @@ class Admission:
         self.requests = 0
         self.body_bytes = 0
         self.answer_images = 0  # of long ones, until they are put together
-        self.answer_s = 0.0  # which takes them so long
+        self.answer_s = 0.0  # which takes them so long on a usual machine
         self.answer_bytes = 0  # of long ones, until they are read
         self.images = 0  # admitted and not yet answered
 
@@ -93,31 +94,35 @@ class Admission:
             budget.close()
 
     @contextmanager
-    def answering(self, images: int, seconds: float, deadline: float) -> Iterator[None]:
-        """Count a long answer until it is put together, which takes `seconds` (of a short one 0).
+    def answering(
+        self, images: int, expected_s: float, deadline: float
+    ) -> Iterator[Callable[[float], None]]:
+        """Count a long answer until it is put together; yield what takes in how long that took.
 
+        It takes `expected_s` on a usual machine, a short one 0; here as long as the last ones did.
         `deadline` is in seconds of `time.monotonic()`. One alone is always taken.
 
         Raises:
             QueueFull: all together would hold more images than the queue may, or take longer than
                 its budget or than the request has.
         """
-        if not seconds:
-            yield
+        if not expected_s:
+            yield lambda _: None
             return
-        most_s = min(self._settings.queue_budget_ms / 1000, deadline - time.monotonic())
+        takes_s = self._latency.answer_s(self.answer_s + expected_s)
+        most_s = _HEADROOM * min(self._settings.queue_budget_ms / 1000, deadline - time.monotonic())
         is_full = self.answer_images + images > self._settings.queue_size
-        if self.answer_images and (is_full or self.answer_s + seconds > most_s):
+        if self.answer_images and (is_full or takes_s > most_s):
             detail = "Too many long answers wait to be put together."
-            wait_s = max(self.answer_s, self._latency.wait_s(self.images))
+            wait_s = max(self._latency.answer_s(self.answer_s), self._latency.wait_s(self.images))
             raise QueueFull(detail, max(1, math.ceil(wait_s)), "answers")
         self.answer_images += images
-        self.answer_s += seconds
+        self.answer_s += expected_s
         try:
-            yield
+            yield partial(self._latency.observe_answer, expected_s)
         finally:
             self.answer_images -= images
-            self.answer_s -= seconds
+            self.answer_s -= expected_s
 
     @contextmanager
     def answer(self, size: int) -> Iterator[None]:

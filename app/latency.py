@@ -26,7 +26,7 @@ RELAX_S = 0.1  # between two looks at which sizes those are
 
 
 class LatencyTable:
-    """Seconds per batch size and per decoded image; written by the threads, read by the loop.
+    """Seconds per batch size, decoded image and long answer; threads write, the loop reads.
 
     `observe_batch` is for one thread at a time, which the batcher's lock sees to. What the loop
     reads is replaced whole, and a decode's measurement lost between two threads does not matter.
@@ -39,6 +39,7 @@ class LatencyTable:
         self._measured = {0: 0.0}
         self._seconds = [0.0] * (max_batch + 1)  # by batch size, between measured ones interpolated
         self._decode_s = 0.0
+        self._answers = (0.1, 0.1)  # seconds taken and expected, of the last long ones
         self._observed = 0.0  # time.monotonic() seconds
         self._seen: dict[int, float] = {}  # likewise, by batch size
         self._relaxed = 0.0  # likewise
@@ -78,6 +79,20 @@ class LatencyTable:
     def observe_decode(self, seconds: float) -> None:
         """Take in the duration of one decode."""
         self._decode_s = _follow(self._decode_s or seconds, seconds)
+
+    def observe_answer(self, expected_s: float, seconds: float) -> None:
+        """Take in how long a long answer was put together; for one thread at a time."""
+        seconds = min(seconds, SURPRISE * self.answer_s(expected_s))
+        taken_s, before_s = self._answers
+        self._answers = (
+            taken_s + FRESHNESS * (seconds - taken_s),
+            before_s + FRESHNESS * (expected_s - before_s),
+        )
+
+    def answer_s(self, expected_s: float) -> float:
+        """Return the seconds that a long answer takes here now, `expected_s` on a usual machine."""
+        taken_s, before_s = self._answers
+        return expected_s * taken_s / before_s
 
     def service_s(self, images: int) -> float:
         """Return the seconds that `images` take on an idle service."""

@@ -44,12 +44,12 @@ async def classify(request: Request, top_k: TopK = None) -> Response:
     with service.admission.body() as budget:
         upload, deadline = await read_upload(request, settings, budget)
         extent = Extent(1, len(classifier.card.labels), predictions=count)
-        with service.admission.answering(extent.images, extent.seconds, deadline):
+        with service.admission.answering(extent.images, extent.seconds, deadline) as took:
             [result] = await unless_gone(request, classifier.classify([upload], deadline))
             if isinstance(result, Problem):
                 raise result
             steps = _answer(classifier, result, count)
-            return await put_together(request, deadline, extent, steps)
+            return await put_together(request, deadline, extent, took, steps)
 
 
 @router.post(
@@ -81,10 +81,10 @@ async def classify_batch(request: Request, top_k: TopK = None) -> Response:
         uploads, deadline = await read_images(request, settings, budget)
         check_predictions(len(uploads), count)
         extent = Extent(len(uploads), len(classifier.card.labels), predictions=count)
-        with service.admission.answering(extent.images, extent.seconds, deadline):
+        with service.admission.answering(extent.images, extent.seconds, deadline) as took:
             results = await unless_gone(request, classifier.classify(uploads, deadline))
             steps = _batch_answer(classifier, results, count)
-            return await put_together(request, deadline, extent, steps)
+            return await put_together(request, deadline, extent, took, steps)
 
 
 async def read_upload(

@@ -63,7 +63,7 @@ async def classify(request: Request) -> Response:
         labels = classifier.card.labels
         top_k = min(parameters.top_k or DEFAULT_TOP_K, len(labels))
         extent = Extent(1, len(labels), predictions=top_k)
-        with service.admission.answering(extent.images, extent.seconds, deadline):
+        with service.admission.answering(extent.images, extent.seconds, deadline) as took:
             [result] = await unless_gone(request, classifier.classify([upload], deadline))
             if isinstance(result, Problem):
                 raise result
@@ -76,4 +76,4 @@ async def classify(request: Request) -> Response:
                     [LabelScore(label=p["label"], score=p["score"]) for p in predictions]
                 )
 
-            return await put_together(request, deadline, extent, steps())
+            return await put_together(request, deadline, extent, took, steps())

@@ -146,7 +146,7 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
         each = sum(values_each(output, classes, top_k) for output in asked.wanted)
         check_predictions(len(images), each)
         extent = Extent(len(images), classes, values=each)
-        with service.admission.answering(extent.images, extent.seconds, deadline):
+        with service.admission.answering(extent.images, extent.seconds, deadline) as took:
             results = await unless_gone(request, classifier.classify(images, deadline))
             logits = []
             for number, result in enumerate(results):
@@ -164,7 +164,7 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
                 card.labels,
                 top_k,
             )
-            answer, json_length = await put_together(request, deadline, extent, steps)
+            answer, json_length = await put_together(request, deadline, extent, took, steps)
     if json_length is None:
         return InPieces(answer, media_type="application/json")
     return InPieces(
