@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -25,11 +26,15 @@ def main() -> int:
         decoding=options.decoding,
         rates=(0.5, 0.9) if options.quick else (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1),
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its servers end with it
     try:
         results = Rounds(plan).run()
     except BenchmarkError as error:
         sys.stderr.write(f"bench: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("bench: stopped\n")
+        return 130
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     sys.stdout.write(report.write(results, options.output))

@@ -17,11 +17,13 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from app.cpus import available_cpus
 from tests.benchmarks.photos import load_photos
 from tests.benchmarks.servers.work import Work
 
 Figures = dict[str, float]
 MIN_CALLS = 5  # a large model's full batch alone may take seconds
+MIN_SINGLE_CALLS = 40  # of which the median is compared with a server's
 
 
 def main() -> None:
@@ -29,7 +31,7 @@ def main() -> None:
     photos, seconds = cycle(load_photos(Path(sys.argv[1]))), float(sys.argv[2])
     batches = [int(batch) for batch in sys.argv[3:]]
     work = Work()
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cpus()
     decoders = ThreadPoolExecutor(cores)
 
     def whole(batch: int) -> None:
@@ -49,19 +51,21 @@ def main() -> None:
         "best_batch": best,
         "label": work.answer(work.infer([first])[0])["predictions"][0]["label"],
         "batched": swept[best],
-        "single": swept[1],
+        "single": _loop(whole, 1, seconds, MIN_SINGLE_CALLS),
         "decode": _loop(decode, 8 * cores, seconds),
         "model": _loop(lambda batch: work.infer(patches[:batch]), best, seconds),
     }
     sys.stdout.write(json.dumps(measured))
 
 
-def _loop(once: Callable[[int], object], batch: int, seconds: float) -> Figures:
+def _loop(
+    once: Callable[[int], object], batch: int, seconds: float, min_calls: int = MIN_CALLS
+) -> Figures:
     """Return CPU milliseconds and rate per image, and the median milliseconds of one call."""
     once(batch)  # allocates
     calls: list[float] = []
     begin, cpu_s = time.perf_counter(), _cpu_s()
-    while (start := time.perf_counter()) < begin + seconds or len(calls) < MIN_CALLS:
+    while (start := time.perf_counter()) < begin + seconds or len(calls) < min_calls:
         once(batch)
         calls.append(time.perf_counter() - start)
     took_s, cpu_s = time.perf_counter() - begin, _cpu_s() - cpu_s

@@ -19,7 +19,7 @@ import uvloop
 
 # Times are perf_counter's: uvloop's own clock counts whole milliseconds.
 # What has not been answered so long after the last request was due counts as failed.
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class Job:
 class Result:
     """What came of it."""
 
-    seconds: float = 0.0  # a closed loop's end with its last answer, so that no part batch counts
+    # A closed loop ends with its last answer, so that no part batch counts; unless one has failed:
+    # a server that stands still, or hangs up, would keep the rate that it had before.
+    seconds: float = 0.0
     statuses: dict[int, int] = field(default_factory=dict)
     latencies_ms: list[float] = field(default_factory=list)  # of answers with status 200
     unanswered: int = 0
@@ -125,11 +127,15 @@ class Load:
             for connection in connections:
                 self._send(connection, time.perf_counter())
             await asyncio.sleep(self._job.seconds)
-        self._result.seconds = (self._last_in_time or time.perf_counter()) - start
+        ended = time.perf_counter()
         give_up = time.perf_counter() + PATIENCE_S
         while (self._under_way or self._waiting) and time.perf_counter() < give_up:  # noqa: ASYNC110 - an event would cost every answer a check
             await asyncio.sleep(0.01)
         self._result.unanswered += self._under_way + len(self._waiting)
+        has_failed = self._result.unanswered or set(self._result.statuses) - {200}
+        if self._last_in_time is not None and not has_failed:
+            ended = self._last_in_time
+        self._result.seconds = ended - start
         for connection in connections:
             connection.close()
         return self._result

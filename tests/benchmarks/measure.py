@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ Figures = dict[str, Any]
 # Connections of the open loop: enough that a due request rarely waits for a free one.
 OPEN_LOOP_CONNECTIONS = 128
 WARM_UP_S = 1.0
+OBJECTIVE_MS = 200.0  # of the goodput: p99 at most this
+FAILURES_ALLOWED = 0.01
+HALVINGS = 3  # of the step between two rates, a tenth of the fastest server's throughput
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,45 @@ def closed_loops(bench: Bench, server: Server, connections: tuple[int, ...]) -> 
 
 
 def open_loops(bench: Bench, server: Server, rates: list[float]) -> Figures:
-    """Return latency and answers at each constant rate of requests per second."""
+    """Return latency and answers at each constant rate of requests per second, and the goodput."""
     with _visit(bench, server) as running_server:
+
+        def load(rate: float) -> Figures:
+            return _load(bench, server, running_server, OPEN_LOOP_CONNECTIONS, rate)
+
+        loads = {f"{rate:g}": load(rate) for rate in rates}
         return {
-            f"{rate:g}": _load(bench, server, running_server, OPEN_LOOP_CONNECTIONS, rate)
-            for rate in rates
+            "rates": loads,
+            "goodput_per_s": goodput({float(rate): found for rate, found in loads.items()}, load),
         }
+
+
+def goodput(loads: dict[float, Figures], load: Callable[[float], Figures]) -> float:
+    """Return the rate to which a server answers within the objective, 0 if it does at none.
+
+    Between the first rate of `loads` that it fails, and fails again, and the one before, halves are
+    tried by `load`.
+    """
+    kept = 0.0
+    for rate in sorted(loads):
+        if not _is_within_objective(loads[rate]) and not _is_within_objective(load(rate)):
+            break
+        kept = rate
+    else:
+        return kept
+    failed = rate
+    for _ in range(HALVINGS if kept else 0):
+        middle = (kept + failed) / 2
+        if _is_within_objective(load(middle)):
+            kept = middle
+        else:
+            failed = middle
+    return kept
+
+
+def _is_within_objective(figures: Figures) -> bool:
+    is_quick: bool = figures["p99_ms"] <= OBJECTIVE_MS
+    return is_quick and figures["failed"] <= FAILURES_ALLOWED * figures["answered"]
 
 
 def front_end(bench: Bench, server: Server, cores: frozenset[int]) -> Figures:
@@ -110,25 +147,32 @@ def _batches(server: Server, target: Running) -> tuple[float, float]:
     """Return how many images and batches a server has inferred, as far as it tells."""
     if not server.metrics_path:
         return 0.0, 0.0
-    with urlopen(f"http://127.0.0.1:{target.port}{server.metrics_path}") as answer:
-        told = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines())
+    try:
+        with urlopen(f"http://127.0.0.1:{target.port}{server.metrics_path}") as answer:
+            told = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines())
+    except OSError as error:
+        raise BenchmarkError(f"{server.name} does not tell its metrics: {error}") from error
     return float(told["mixer_batch_images_sum"]), float(told["mixer_batch_images_count"])
 
 
 def summary(result: Figures, cpu_s: float) -> Figures:
-    """Condense what the load generator saw; CPU time counts all requests, late ones too."""
+    """Condense what the load generator saw.
+
+    CPU time counts for the images that were classified, late ones too: refusals are no work done.
+    """
     latencies = sorted(result["latencies_ms"])
     answered = sum(result["statuses"].values())
+    classified = result["statuses"].get("200", 0)
 
     def percentile(share: float) -> float:
         return latencies[min(int(share * len(latencies)), len(latencies) - 1)] if latencies else 0.0
 
     return {
         "per_s": len(latencies) / result["seconds"],
-        "cpu_ms": cpu_s / max(answered, 1) * 1000,
+        "cpu_ms": cpu_s / max(classified, 1) * 1000,
         "p50_ms": percentile(0.50),
         "p99_ms": percentile(0.99),
-        "failed": answered - result["statuses"].get("200", 0) + result["unanswered"],
+        "failed": answered - classified + result["unanswered"],
         "answered": answered,
         "load_cpu_ms": result["cpu_s"] / max(answered, 1) * 1000,
     }

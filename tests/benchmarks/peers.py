@@ -72,7 +72,8 @@ _SERVE_FLAGS = "--port {port} --model {model} --device cpu --log-level error"
 OURS = Server(
     "mixer-serve",
     ("--editable", ".[cpu]", *_WORK),
-    "{bin}/python -m app.serve --max-batch {batch} --threads {threads} " + _SERVE_FLAGS,
+    "{bin}/python -m app.serve --max-batch {batch} --threads {threads} "
+    "--request-timeout-ms 30000 " + _SERVE_FLAGS,  # as long as the peers' own
     "/classify",
     "image/jpeg",
     metrics_path="/metrics",

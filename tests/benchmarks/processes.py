@@ -9,7 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,15 +71,21 @@ class Running:
 
     def cpu_s(self) -> float:
         """Return the CPU seconds of all its processes so far, of those that have ended, too."""
-        times = [process.cpu_times() for process in self._processes()]
-        return sum(t.user + t.system + t.children_user + t.children_system for t in times)
+        return self._sum(lambda process: sum(process.cpu_times()[:4]))
 
     def pss_bytes(self) -> int:
         """Return its memory, each shared page divided by its sharers."""
-        return sum(process.memory_full_info().pss for process in self._processes())
+        return int(self._sum(lambda process: process.memory_full_info().pss))
 
-    def _processes(self) -> list[psutil.Process]:
-        return [self.process, *self.process.children(recursive=True)]
+    def _sum(self, read: Callable[[psutil.Process], float]) -> float:
+        found = 0.0
+        try:
+            for process in [*self.process.children(recursive=True), self.process]:
+                with contextlib.suppress(psutil.NoSuchProcess):  # its parent has its CPU time now
+                    found += read(process)
+        except psutil.Error as error:
+            raise BenchmarkError(f"the server has ended: {error}") from error
+        return found
 
 
 @contextmanager
@@ -110,11 +116,11 @@ def running(
         process = subprocess.Popen(
             server.command.format_map(words).split(),
             cwd=ROOT,
-            env=_environment() | variables | {"BENCH_PORT": str(port)},
+            env=_environment(environment.parent / "home") | variables | {"BENCH_PORT": str(port)},
             stdout=output,
             stderr=output,
             start_new_session=True,
-            preexec_fn=None if cores is None else lambda: os.sched_setaffinity(0, cores),
+            preexec_fn=lambda: _prepare(cores),
         )
     watched = psutil.Process(process.pid)
     family = [watched]
@@ -139,6 +145,13 @@ def running(
             os.killpg(process.pid, signal.SIGKILL)  # whom a server that has died has left behind
 
 
+def _prepare(cores: frozenset[int] | None) -> None:
+    """Let a server that begins be stopped by SIGINT, which a job in the background passes over."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
+
+
 def _answer(server: Server, port: int, photo: bytes) -> bytes | None:
     """Return what a real photo gets with status 200, if it does."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_TIMEOUT_S)
@@ -155,12 +168,17 @@ def _answer(server: Server, port: int, photo: bytes) -> bytes | None:
         connection.close()
 
 
-def _environment() -> dict[str, str]:
-    """Return this environment without settings that would tilt the comparison."""
+def _environment(home: Path) -> dict[str, str]:
+    """Return this environment without settings that would tilt the comparison.
+
+    What servers leave in their users' homes goes to `home`.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MIXER_", "BENCH_"))}
     return kept | {
         "PYTHONPATH": str(ROOT),
         "BENTOML_DO_NOT_TRACK": "1",
+        "BENTOML_HOME": str(home / "bentoml"),
+        "PYTRITON_HOME": str(home / "pytriton"),
         # Triton's Python stub loads libpython by name: it must be this interpreter's own.
         "LD_LIBRARY_PATH": str(sysconfig.get_config_var("LIBDIR")),
     }

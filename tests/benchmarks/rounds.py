@@ -10,13 +10,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from app.cpus import available_cpus
 from tests.benchmarks import models
 from tests.benchmarks.measure import Bench, Figures, closed_loops, front_end, open_loops
 from tests.benchmarks.peers import FRONT_END, OURS, Server
@@ -28,6 +31,7 @@ CONNECTIONS = (1, 16, 64)
 MAX_BATCH = 16
 MIN_BATCHES = 20  # in one load: the first and the last of a large model would else matter
 BARE_BATCHES = ("1", "2", "4", "8", "16")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -61,20 +65,26 @@ class Rounds:
         steps = len({OURS.name, *(server.name for server in plan.servers)})
         steps += visits + len(plan.models) * (1 + visits + plan.rounds)
         self._done = 0
+        self._left_out: dict[str, str] = {}  # servers that broke, and how
         self._bar = tqdm(total=steps, unit="visit", disable=None)
 
     def run(self) -> Figures:
         """Return all figures.
 
+        A server that cannot be installed, started or loaded is left out of what follows.
+
         Raises:
-            BenchmarkError: a server cannot be installed, started or loaded.
+            BenchmarkError: that is so of all, or of the bare work.
         """
         plan = self._plan
         with self._bar, tempfile.TemporaryDirectory(prefix="mixer-bench-") as scratch:
-            environments = {}
-            for server in {server.name: server for server in (OURS, *plan.servers)}.values():
-                self._step(f"install {server.name}")  # ours has what the bare work needs
-                environments[server.name] = install(server, FOLDER)
+            self._step(f"install {OURS.name}")  # it has what the bare work needs
+            environments = {OURS.name: install(OURS, FOLDER)}
+            for server in plan.servers:
+                if server is not OURS:
+                    self._step(f"install {server.name}")
+                    for environment in self._visit(server, partial(install, server, FOLDER)):
+                        environments[server.name] = environment
             bodies = {s.name: self._write_bodies(s, Path(scratch)) for s in plan.servers}
             measured = {}
             for name in plan.models:
@@ -94,11 +104,13 @@ class Rounds:
             }
             found = measured[plan.models[0]]["servers"].values()
             fastest = max(figures["closed"]["16"]["per_s"] for figures in found)
+            rates = [float(f"{share * fastest:.3g}") for share in plan.rates]
             return {
                 "conditions": self._conditions(),
                 "installed_bytes": {n: installed_bytes(e) for n, e in environments.items()},
                 "models": measured,
-                **self._open(benches, [round(share * fastest) for share in plan.rates]),
+                **self._open(benches, rates),
+                "left_out": self._left_out,
             }
 
     def _closed(self, name: str, bench: Bench, before: Figures) -> Figures:
@@ -107,9 +119,10 @@ class Rounds:
         for number in range(self._plan.rounds):
             for server in self._in_turn(number):
                 self._step(f"{name}: {server.name}, round {number + 1}")
-                visits[server.name].append(closed_loops(bench, server, CONNECTIONS))
+                measure = partial(closed_loops, bench, server, CONNECTIONS)
+                visits[server.name] += self._visit(server, measure)
             bare.append(self._bare(bench))
-        return {"bare": median(bare), "servers": {n: median(v) for n, v in visits.items()}}
+        return {"bare": median(bare), "servers": self._medians(visits)}
 
     def _open(self, benches: dict[str, Bench], rates: list[float]) -> Figures:
         first, *_ = benches.values()
@@ -118,21 +131,43 @@ class Rounds:
         for number in range(self._plan.rounds):
             for server in self._in_turn(number):
                 self._step(f"open loop: {server.name}, round {number + 1}")
-                visits[server.name].append(open_loops(first, server, rates))
+                measure = partial(open_loops, first, server, rates)
+                visits[server.name] += self._visit(server, measure)
             for name, bench in benches.items():
                 self._step(f"front end: {name}, round {number + 1}")
                 if OURS in self._plan.servers:
-                    ends[name].append(self._front_end(bench))
+                    ends[name] += self._visit(OURS, partial(self._front_end, bench))
         return {
-            "open": {name: median(found) for name, found in visits.items()},
+            "open": self._medians(visits),
             "front_end": {name: median(found) for name, found in ends.items() if found},
         }
+
+    def _visit(self, server: Server, measure: Callable[[], Found]) -> list[Found]:
+        """Return what is measured, in a list; an empty one if the server breaks, or has before."""
+        if server.name in self._left_out:
+            return []
+        try:
+            return [measure()]
+        except BenchmarkError as error:
+            self._left_out[server.name] = str(error)
+            self._bar.write(f"left out from here on: {error}", sys.stderr)
+            return []
+
+    def _medians(self, visits: dict[str, list[Figures]]) -> Figures:
+        """Return the medians of the visits to each server that was not always left out.
+
+        Raises:
+            BenchmarkError: all were.
+        """
+        if not any(visits.values()):
+            raise BenchmarkError("; ".join(self._left_out.values()))
+        return {name: median(found) for name, found in visits.items() if found}
 
     def _front_end(self, bench: Bench) -> Figures:
         """Return, for one core and for two, what is served and what decoding alone would do."""
         cores = sorted(os.sched_getaffinity(0))
         found = {}
-        for count in sorted({1, min(2, len(cores))}):
+        for count in sorted({1, min(2, available_cpus())}):
             chosen = frozenset(cores[:count])
             found[str(count)] = {
                 "served": front_end(bench, FRONT_END, chosen),
@@ -189,7 +224,7 @@ class Rounds:
     def _conditions(self) -> Figures:
         plan = self._plan
         return {
-            "cpus": len(os.sched_getaffinity(0)),
+            "cpus": available_cpus(),
             "load_average": os.getloadavg()[2],
             "python": platform.python_version(),
             "onnxruntime": version("onnxruntime"),

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.load import Job, Load, Result
-from tests.benchmarks.measure import summary
+from tests.benchmarks.measure import Figures, goodput, summary
 from tests.benchmarks.photos import load_photos
-from tests.benchmarks.report import goodput
 from tests.benchmarks.rounds import median
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -77,6 +76,13 @@ def test_closed_connections_are_left_alone(tmp_path: Path, monkeypatch: pytest.M
     assert result.unanswered == 6
 
 
+def test_server_that_hangs_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that hangs up does not keep the rate that it had before."""
+    monkeypatch.setattr("tests.benchmarks.load.PATIENCE_S", 0.2)
+    assert run(SlowServer(0.0, closes=True), tmp_path, connections=4).seconds >= 0.5
+    assert run(SlowServer(0.3), tmp_path, connections=1).seconds < 0.5
+
+
 def test_closed_loop_waits_for_each_answer(tmp_path: Path) -> None:
     """Four connections to a server of 20 ms, one at a time, see 80 ms and 50 requests a second."""
     result = run(SlowServer(0.02), tmp_path, connections=4)
@@ -101,16 +107,31 @@ def test_refusals_are_no_answers(tmp_path: Path) -> None:
         cpu_s=1.0,
     )
     assert figures["failed"] == result.statuses[429] + 1
+    assert figures["cpu_ms"] == 1000  # not the less for what was refused
 
 
 def test_goodput_is_the_highest_rate_within_the_objective() -> None:
-    """A rate counts if its p99 is at most 200 ms and at most one in a hundred fails."""
+    """The goodput is found to an eighth of a step; a failure that does not come again passes."""
+    asked = []
 
-    def rate(p99_ms: float, failed: int) -> dict[str, float]:
-        return {"p99_ms": p99_ms, "failed": failed, "answered": 1000}
+    def load(limit: float, rate: float, failed: int = 0) -> Figures:
+        asked.append(rate)
+        return {"p99_ms": 200 if rate <= limit else 201, "failed": failed, "answered": 1000}
 
-    assert goodput({"100": rate(50, 0), "200": rate(200, 10), "300": rate(201, 0)}) == 200
-    assert goodput({"100": rate(50, 11)}) == 0
+    def find(limit: float, *, hiccup_at: float = 0.0, failed: int = 0) -> float:
+        loads = {rate: load(limit, rate, failed) for rate in (100.0, 200.0, 300.0, 400.0)}
+        if hiccup_at:
+            loads[hiccup_at]["p99_ms"] = 1000
+        asked.clear()
+        return goodput(loads, lambda rate: load(limit, rate, failed))
+
+    assert find(262) == 262.5 - 12.5
+    assert asked == [300, 250, 275, 262.5]
+    assert find(262, hiccup_at=100) == 250
+    assert find(999, failed=10) == 400
+    assert find(999, failed=11) == 0
+    assert find(99) == 0
+    assert asked == [100]
 
 
 def test_median_of_nested_figures() -> None:

@@ -3,13 +3,13 @@
 As its computer-vision examples do: bytes in, stages in processes of their own.
 """
 
-import os
 from typing import Any
 
 import numpy as np
 from mosec import Server, Worker
 from numpy.typing import NDArray
 
+from app.cpus import available_cpus
 from tests.benchmarks.servers.work import MAX_BATCH, Preparation, Work
 
 
@@ -43,6 +43,6 @@ class Inference(Worker):
 
 if __name__ == "__main__":
     server = Server()
-    server.append_worker(Preprocess, num=len(os.sched_getaffinity(0)))
+    server.append_worker(Preprocess, num=available_cpus())
     server.append_worker(Inference, num=1, max_batch_size=MAX_BATCH)
     server.run()

@@ -1,7 +1,6 @@
 """pytriton: Triton's core with its dynamic batcher; one Python instance, a decoder per core."""
 
 import json
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,10 +10,11 @@ from pytriton.decorators import batch
 from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
 from pytriton.triton import Triton, TritonConfig
 
+from app.cpus import available_cpus
 from tests.benchmarks.servers.work import MAX_BATCH, PORT, Work
 
 work = Work()
-decoders = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+decoders = ThreadPoolExecutor(available_cpus())
 
 
 @batch
