@@ -173,7 +173,7 @@ def parse_document(body: bytes | memoryview, kind: type[Document]) -> Document:
     text = bytes(body)
     if sum(map(text.count, (b",", b"[", b"{"))) > MAX_MEMBERS:  # none of them is in base64
         raise InvalidParameter(f"body: more than {MAX_MEMBERS:,} members.")
-    if text.count(b"\\u") > MAX_ESCAPES:
+    if text.count(b"\\") > MAX_ESCAPES:
         raise InvalidParameter(f"body: more than {MAX_ESCAPES:,} escaped letters.")
     if _has_long_number(text):
         raise InvalidParameter(f"body: a number of more than {MAX_DIGITS} digits.")

@@ -76,18 +76,21 @@ TOO_MANY_HEADERS = Objection(
 )
 _LONG_TARGET = Objection(414, "URI Too Long", f"At most {MAX_TARGET_BYTES} bytes.")
 _CODING = Objection(400, "Bad request", "The only Transfer-Encoding taken is chunked.")
+_VERSION = Objection(400, "Bad request", "HTTP/1.1 is taken, and HTTP/1.0.")
 _NO_HOST = Objection(400, "Bad request", "There is no Host.")
 _TWO_HOSTS = Objection(400, "Bad request", "There are two Hosts.")
 _NO_NAME = Objection(400, "Bad request", "The Host is no name of a host.")
 
 
 def objection_to(
-    target: bytes, headers: Sequence[tuple[bytes, bytes]], *, is_current: bool
+    target: bytes, headers: Sequence[tuple[bytes, bytes]], version: str
 ) -> Objection | None:
-    """Return what speaks against a head that could be parsed, of HTTP/1.1 if it `is_current`.
+    """Return what speaks against a head that could be parsed, of HTTP `version`.
 
     Names of `headers` are in lower case.
     """
+    if version not in ("1.1", "1.0"):
+        return _VERSION
     if len(target) > MAX_TARGET_BYTES:
         return _LONG_TARGET
     size = len(target) + sum(map(len, chain.from_iterable(headers)))
@@ -98,6 +101,6 @@ def objection_to(
     hosts = [value for name, value in headers if name == b"host"]  # RFC 9112, 3.2
     if len(hosts) > 1:
         return _TWO_HOSTS
-    if is_current and not hosts:
+    if version == "1.1" and not hosts:
         return _NO_HOST
     return None if all(map(_HOST.fullmatch, hosts)) else _NO_NAME

@@ -20,9 +20,10 @@ from app.access import answer, report
 from app.answers import PIECE_BYTES
 from app.clock import Clock
 from app.door import OPEN_PATHS
-from app.errors import PROBLEM_JSON, BodyTimeout, kind_of, problem_json
+from app.errors import PROBLEM_JSON, BodyTimeout, NotReady, kind_of, problem_json
 from app.express import Express
 from app.farewell import Farewell, has_hung_up
+from app.flow import Flow
 from app.head import (
     MAX_HEADER_BYTES,
     MAX_HEADERS,
@@ -50,6 +51,8 @@ SLICE_BYTES = 8 * 1024
 # Requests sent ahead of their answers. Clients that pipeline at all send a handful; each one that
 # waits holds a few kB, and one read from the socket could bring thousands.
 MAX_PIPELINED = 32
+# Their bodies mean nothing (RFC 9110, 9.3.1), and no route takes them.
+_BODILESS = frozenset({"GET", "HEAD"})
 # How often a client is looked at that has sent more than it has answers to.
 WATCH_S = 0.1
 # Over the limit, so many connections may still ask whether the service is well, and soon: neither
@@ -106,6 +109,7 @@ class BoundedProtocol(HttpToolsProtocol):
         )
         transport.set_write_buffer_limits(PIECE_BYTES)
         super().connection_made(self._farewell)
+        self.flow = Flow(self._farewell, self.pipeline, self._on_resume)
         # One that lingers is not seen to go until its time is up: it must not keep others out.
         taken = len(self.connections) - min(Farewell.lingering, MAX_FAREWELLS)
         excess = taken - self.settings.max_connections
@@ -124,6 +128,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._clock.end()
         self._patience.end()
         self._writing.end()
+        self._backlog.take()
         super().connection_lost(exc)
         if self._answering is not None and not self._answering.response_complete:
             # uvicorn tells the last one that came only.
@@ -187,8 +192,9 @@ class BoundedProtocol(HttpToolsProtocol):
             raise Stop
         if len(self.pipeline) >= MAX_PIPELINED:
             raise Stop  # which is a 400
-        is_current = self.parser.get_http_version() == "1.1"
-        objection = objection_to(self.url, self.headers, is_current=is_current)
+        version = self.parser.get_http_version()
+        is_current = version == "1.1"
+        objection = objection_to(self.url, self.headers, version)
         if objection is not None:
             self._refuse(*objection)
             raise Stop
@@ -244,7 +250,7 @@ class BoundedProtocol(HttpToolsProtocol):
         cycle = self.cycle
         if isinstance(cycle, Express) and not cycle.response_complete:
             cycle.feed(body)
-        elif not cycle.response_complete:
+        elif not cycle.response_complete and cycle.scope["method"] not in _BODILESS:
             # One byte too many is enough to refuse it.
             excess = self._body_bytes - self.settings.max_upload_bytes - 1
             cycle.body += body if excess <= 0 else body[: max(0, len(body) - excess)]
@@ -263,8 +269,15 @@ class BoundedProtocol(HttpToolsProtocol):
         """Leave data for this connection's turn; until then nothing more is taken."""
         if self._backlog.add(data):
             self.transport.pause_reading()
+            if not self.pipeline:  # else `_on_resume` does
+                self._backlog.ask()
         else:
             self._refuse(503, "Too many connections", "Too many bytes wait to be read here.")
+
+    def _on_resume(self) -> None:
+        if self._backlog:
+            self.transport.pause_reading()  # what has come before goes first
+            self._backlog.ask()
 
     def _read_on(self, data: bytes) -> None:
         # First of all: what closes the connection, or goes deaf, must not leave it paused.
@@ -281,7 +294,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._read_slice(data[start:end])
             if self._deaf or self.transport.is_closing():
                 return
-            if end < len(data) and time.monotonic() - began > TURN_S:
+            if end < len(data) and (self.pipeline or time.monotonic() - began > TURN_S):
                 self._put_off(data[end:])
                 return
 
@@ -404,12 +417,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_writing()
         if self.pipeline:
             super().on_response_complete()
-            if self._begun and self._clock.is_running:  # we made its body wait until now
-                self._start_clock(self._patience_s())
+            self._restart_clock()
         else:
             self.server_state.total_requests += 1
             if not self.transport.is_closing():
                 self.flow.resume_reading()
+                self._restart_clock()
                 self._rest()
 
     def shutdown(self) -> None:
@@ -489,6 +502,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._is_idle = False
         self._clock.start(seconds, self._on_deadline)
 
+    def _restart_clock(self) -> None:
+        if self._begun and self._clock.is_running:  # we made it wait until now
+            self._start_clock(self._patience_s())
+
     def _rest(self) -> None:
         """Start the clock on an idle connection: nothing comes, nor has the next request begun."""
         if not (self._begun or self._clock.is_running or self.transport.is_closing()):
@@ -529,7 +546,11 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._deaf = True
                 self._clock.stop()
                 return
-            if isinstance(self.cycle, Express) or self.cycle.response_started:
+            if isinstance(self.cycle, Express):
+                # It could be parsed, so it is we who lack the room.
+                self.cycle.fail(NotReady(detail, {"Connection": "close"}))
+                return
+            if self.cycle.response_started:
                 self.transport.close()
                 return
         trace = new_trace()

@@ -10,8 +10,10 @@ from collections.abc import Callable
 
 # What is read in one turn, and a slice. Honest bodies are read within it.
 TURN_S = 0.001
-# Held by all who wait: 256 connections, each with as much as one read brings.
+# Held by all who wait: 256 connections, each with as much as one read brings. The last quarter is
+# for who holds nothing yet, and has brought no more than this.
 MAX_HELD_BYTES = 64 * 2**20
+MODEST_BYTES = 64 * 1024
 
 
 class Turns:
@@ -55,6 +57,7 @@ class Backlog:
         self._turns = turns
         self._read = read
         self._data = b""
+        self._has_asked = False
 
     def __bool__(self) -> bool:
         """Return whether there is anything."""
@@ -62,13 +65,23 @@ class Backlog:
 
     def add(self, data: bytes) -> bool:
         """Hold more; return whether there was room for it."""
-        if self._turns.held_bytes + len(data) > MAX_HELD_BYTES:
+        is_modest = not self._data and len(data) <= MODEST_BYTES
+        most = MAX_HELD_BYTES if is_modest else MAX_HELD_BYTES * 3 // 4
+        if self._turns.held_bytes + len(data) > most:
             return False
-        if not self._data:
-            self._turns.ask(lambda: self._read(self.take()))
         self._data += data
         self._turns.held_bytes += len(data)
         return True
+
+    def ask(self) -> None:
+        """Have what is held read in its turn."""
+        if not self._has_asked:
+            self._has_asked = True
+            self._turns.ask(self._go_on)
+
+    def _go_on(self) -> None:
+        self._has_asked = False
+        self._read(self.take())
 
     def take(self) -> bytes:
         """Return all of it, and hold it no more."""

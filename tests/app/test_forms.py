@@ -142,6 +142,8 @@ def test_escapes_are_counted() -> None:
     assert found.image == bytes(300_000)
     with pytest.raises(InvalidParameter, match="more than 400,000 escaped letters"):
         documents.parse_document(body % (rb"\u0041" * 400_001), documents.ImageDocument)
+    with pytest.raises(InvalidParameter, match="more than 400,000 escaped letters"):
+        documents.parse_document(body % (rb"\/" * 400_001), documents.ImageDocument)
 
 
 def test_base64_as_dot_net_writes_it() -> None:

@@ -4,7 +4,7 @@
 `OBSERVED_CLASSES`, three times some number. `GET /observed` shows what is in flight and how many
 images the engine has seen; `?fault=raise`, `nan` or `none` breaks and mends the engine; with
 `fork`, no decoder can be started. `OBSERVED_KEEP_ALIVE_S` closes idle connections sooner; with
-`OBSERVED_SLICE_BYTES` a turn is over after so many.
+`OBSERVED_SLICE_BYTES` a turn is over after so many, and `OBSERVED_HELD_BYTES` may wait for one.
 """
 
 import os
@@ -17,7 +17,7 @@ import numpy as np
 from fastapi import FastAPI
 from numpy.typing import NDArray
 
-from app import decoder_link, draining, images, main, protocol, serve
+from app import decoder_link, draining, images, main, protocol, serve, turns
 from app.decoder import MAX_CPU_S
 from app.engine import Engine, OnnxEngine
 from app.nursery import nursery
@@ -122,6 +122,7 @@ def create_observed_app(settings: Settings, engine: ObservedEngine) -> FastAPI:
             "answer_bytes": admission.answer_bytes,
             "images": admission.images,
             "inferred": engine.images,
+            "held_bytes": app.state.service.turns.held_bytes,
             "threads": threading.active_count(),
             "slowest_decode_us": slowest.take_us(),
         }
@@ -136,4 +137,5 @@ if __name__ == "__main__":
     if slice_bytes := os.environ.get("OBSERVED_SLICE_BYTES"):
         protocol.SLICE_BYTES = int(slice_bytes)
         vars(protocol)["TURN_S"] = -1.0
+    turns.MAX_HELD_BYTES = int(os.environ.get("OBSERVED_HELD_BYTES", turns.MAX_HELD_BYTES))
     sys.exit(serve.main())
