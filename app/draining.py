@@ -23,9 +23,6 @@ from app.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# Longer than a balancer keeps an idle connection (nginx: 60 s), or it would send a request into a
-# connection that is just being closed.
-KEEP_ALIVE_S = 75
 # Those who have connected before the listener closes are accepted within a few milliseconds; this
 # only bounds it.
 LAST_ACCEPT_S = 2.0
@@ -51,8 +48,8 @@ class DrainingServer(uvicorn.Server):
                 access_log=False,  # access.py writes a line of ours
                 server_header=False,
                 proxy_headers=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=settings.grace_s,  # type: ignore[arg-type] # a float does
+                timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type] # a float does
+                timeout_graceful_shutdown=settings.grace_s,  # type: ignore[arg-type] # likewise
             )
         )
         self._app = app

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import itertools
 import logging
 import stat
 import time
@@ -46,15 +47,19 @@ class ApiKeys:
             ) from error
 
     def allow(self, headers: Headers) -> bool:
-        """Return whether the request carries a known key, in constant time for each."""
+        """Return whether the request carries a known key, in constant time for each.
+
+        A token in `Authorization` may be another's, a gateway's say: then `X-API-Key` counts, too.
+        """
         self._reload()
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not key:
-            key = headers.get("x-api-key", "")
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        keys = [token] if scheme.lower() == "bearer" else []
+        keys.append(headers.get("x-api-key", ""))
         # The framework reads bytes of a header as Latin-1; the file is UTF-8.
-        digest = hashlib.sha256(key.strip(" \t").encode("latin-1")).digest()
+        digests = [hashlib.sha256(key.strip(" \t").encode("latin-1")).digest() for key in keys]
         # Digests are of one length, and no comparison ends early: time tells nothing of a key.
-        return any([hmac.compare_digest(digest, known) for known in self._digests])  # noqa: C419 - a generator would stop at the first match
+        pairs = itertools.product(digests, self._digests)
+        return any([hmac.compare_digest(*pair) for pair in pairs])  # noqa: C419 - a generator would stop at the first match
 
     def _reload(self) -> None:
         now = time.monotonic()

@@ -20,17 +20,19 @@ from app.errors import StartupError
 from app.logs import LogFormat
 
 PREFIX = "MIXER_"
-# As browsers send them (RFC 6454, section 6.2): no path, no user, a port up to 65535.
+# As browsers send them (RFC 6454, section 6.2): no path, no user, a port up to 65535 that is not
+# the scheme's own.
 _NAME = r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?"
-_PORT = r"[1-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
-_ORIGIN = rf"https?://({_NAME}(\.{_NAME})*|\[[0-9a-f:.]+\])(:({_PORT}))?"
+_HOST = rf"({_NAME}(\.{_NAME})*|\[[0-9a-f:.]+\])"
+_PORT = r"([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+_ORIGIN = rf"(https://{_HOST}(:(?!443\b){_PORT})?|http://{_HOST}(:(?!80\b){_PORT})?)"
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "mixer-cifar10.onnx"
 
 
 class Settings(BaseModel):
     """What an operator may choose; every limit's reason stands in its description."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", regex_engine="python-re")
 
     model: Path = Field(
         default=EMBEDDED_MODEL, description="ONNX file written by mixer-export convert"
@@ -131,6 +133,13 @@ class Settings(BaseModel):
     body_timeout_s: float = Field(
         default=30, ge=0.1, le=3600, description="time for a request's body, then 408"
     )
+    keep_alive_s: float = Field(
+        default=75,
+        ge=0.1,
+        le=3600,
+        description="time of a connection without a request; longer than the balancer keeps one "
+        "(nginx 60 s, Google's 600), or it sends a request into one that is just being closed",
+    )
     drain_delay_s: float = Field(
         default=5,
         ge=0,
@@ -152,9 +161,10 @@ class Settings(BaseModel):
     )
     cors_origins: str = Field(
         default="",
-        pattern=rf"^$|^\*$|^{_ORIGIN}(\s*,\s*{_ORIGIN})*$",
+        pattern=rf"^(\*|{_ORIGIN}(\s*,\s*{_ORIGIN})*)?\Z",
         json_schema_extra={
-            "allowed": "origins such as https://shop.example in lower case, comma-separated, or *"
+            "allowed": "origins such as https://shop.example, comma-separated, or *; in lower "
+            "case, without a scheme's own port"
         },
         description="origins whose pages may call the service, comma-separated; none by default",
     )

@@ -138,6 +138,10 @@ def exporter() -> Spans | None:
         return None
     if os.environ.get("OTEL_TRACES_EXPORTER", "") == "none":
         return None
+    for name in _ENDPOINTS:
+        address = os.environ.get(name, "")
+        if address and not address.startswith(("http://", "https://")):
+            raise StartupError(f"{name}={address}: a URL that begins with http:// or https://")
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import SERVICE_NAME, Resource

@@ -6,6 +6,7 @@ the settings it recommends as an env file, and draws the curve.
 
 import argparse
 import re
+import signal
 import statistics
 import sys
 import time
@@ -41,6 +42,7 @@ BAR_CELLS = 24
 def main(arguments: Sequence[str]) -> int:
     """Measure, print, write and draw; return the exit code."""
     prepare_streams()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # start.py's ends without a word
     options = _parser().parse_args(arguments)
     curve = options.output.with_suffix(".png")
     try:
@@ -64,7 +66,10 @@ def main(arguments: Sequence[str]) -> int:
         options.output.write_text("\n".join(lines) + "\n", "utf-8", "surrogateescape")
         _print(table(points, best), *lines, f"written to {options.output}")
         if 2 * best.latency_ms > options.latency_ms:
-            _print(f"nothing fits in {options.latency_ms:g} ms: this is the fastest single image")
+            _print(
+                f"nothing fits in {options.latency_ms:g} ms: this is the fastest single image; a "
+                "longer --latency-ms allows batches"
+            )
         elif best.images_per_s < max(point.images_per_s for point in points):
             _print(
                 f"what is faster gains less than {WORTH:.0%}, "

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from app.client.results import (
 )
 
 ALL_GOOD, SOME_FAILED, USELESS, INTERRUPTED = 0, 1, 2, 130
+_HOST_AND_PORT = re.compile(r"[\w.-]+:\d+(/.*)?")
 
 
 class Backend(Protocol):
@@ -138,12 +140,14 @@ async def _classify_all(
 
 def _backend(options: argparse.Namespace) -> Backend:
     target: str = options.target
-    if target.startswith(("http://", "https://")):
+    if target.lower().startswith(("http://", "https://")):
         from app.client.remote import RemoteClassifier
 
         return RemoteClassifier(
             target, options.top_k, options.concurrency, options.retries, _key(options.api_key_file)
         )
+    if _HOST_AND_PORT.fullmatch(target) and not Path(target).exists():
+        raise ServerError(f"{target}: no such file; the address of a server begins with http://")
     from app.client.local import LocalClassifier
 
     return LocalClassifier(Path(target), options.top_k)

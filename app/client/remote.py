@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from typing import Any
 
 import httpx2
@@ -20,6 +21,7 @@ LONGEST_BUSY_WAIT_S = 4.0  # of a server that says when to come back, unless it 
 # refused while it is sent, and the break overtakes the refusal.
 BREAKS = 3
 MAX_PORT = 65_535
+_USER = re.compile("//[^/]*@")  # and password: not for a log
 # Ours, or of a balancer in front whose server is just starting.
 BUSY = frozenset({408, 429, 502, 503, 504})
 
@@ -53,8 +55,10 @@ class RemoteClassifier:
     def __init__(
         self, url: str, top_k: int, concurrency: int, retries: int, key: str | None
     ) -> None:
-        headers = {} if key is None else {b"Authorization": f"Bearer {key}".encode()}
+        # Not as a bearer's: what the URL has for a proxy in front goes into that header.
+        headers = {} if key is None else {b"X-API-Key": key.encode()}
         self._has_key = key is not None
+        self._url = _USER.sub("//", url)
         self.concurrency = concurrency
         self._top_k = top_k
         self._retries = retries
@@ -66,7 +70,7 @@ class RemoteClassifier:
                 limits=httpx2.Limits(max_connections=concurrency),
             )
         except httpx2.InvalidURL as error:
-            raise ServerError(f"{url}: no address of a server ({error})") from None
+            raise ServerError(f"{self._url}: no address of a server ({error})") from None
         except OSError as error:
             raise ServerError(
                 "the certificates of SSL_CERT_FILE, SSL_CERT_DIR or the system cannot be read "
@@ -75,11 +79,11 @@ class RemoteClassifier:
         except (ValueError, ImportError) as error:
             raise ServerError(f"a proxy in the environment cannot be used: {error}") from None
         if (self._client.base_url.port or 0) > MAX_PORT:
-            raise ServerError(f"{url}: no address of a server (ports end at {MAX_PORT})")
+            raise ServerError(f"{self._url}: no address of a server (ports end at {MAX_PORT})")
         if not self._client.base_url.host:
-            raise ServerError(f"{url}: no address of a server (it names no host)")
+            raise ServerError(f"{self._url}: no address of a server (it names no host)")
         if self._client.base_url.query or self._client.base_url.fragment:
-            raise ServerError(f"{url}: no address of a server (it has a query)")
+            raise ServerError(f"{self._url}: no address of a server (it has a query)")
 
     async def __aenter__(self) -> "RemoteClassifier":
         """Ask the server which model it serves.
@@ -95,7 +99,7 @@ class RemoteClassifier:
         except (ImageError, ValidationError) as error:
             await self._client.aclose()
             reason = "it has no model card" if isinstance(error, ValidationError) else error
-            raise ServerError(f"{self._client.base_url}: no Mixer Serve there ({reason})") from None
+            raise ServerError(f"{self._url}: no Mixer Serve there ({reason})") from None
         except ServerError:
             await self._client.aclose()
             raise
@@ -119,7 +123,7 @@ class RemoteClassifier:
             raise ImageError("the answer cannot be read: it is no Mixer Serve's") from None
         if str(found.model) != self.model:
             raise ServerError(
-                f"{self._client.base_url}: {found.model} is served there now, and the results are "
+                f"{self._url}: {found.model} is served there now, and the results are "
                 f"those of {self.model}"
             )
         return found.predictions
@@ -142,7 +146,7 @@ class RemoteClassifier:
                 answer = await self._client.request(method, path, content=data, headers=headers)
             except (httpx2.LocalProtocolError, httpx2.UnsupportedProtocol):
                 # For good, and not to be quoted: what cannot be sent may be a key.
-                raise ServerError(f"{self._client.base_url}: no request can be sent") from None
+                raise ServerError(f"{self._url}: no request can be sent") from None
             except httpx2.TransportError as error:
                 tried = attempt == min(BREAKS, self._retries)
                 if tried and data is not None and await self._is_there():
@@ -152,10 +156,9 @@ class RemoteClassifier:
                     ) from None
                 if last:
                     reason = str(error) or type(error).__name__
-                    raise ServerError(f"{self._client.base_url}: {reason}") from None
+                    raise ServerError(f"{self._url}: {reason}") from None
                 if attempt == 1 and path == "/model":  # else nothing would be heard for minutes
-                    url = self._client.base_url
-                    logger.error("%s does not answer; trying again", url)  # noqa: TRY400 - see ServerError
+                    logger.error("%s does not answer; trying again", self._url)  # noqa: TRY400 - see ServerError
                 await asyncio.sleep(wait_s)
                 continue
             except httpx2.RequestError as error:  # such as an unknown compression

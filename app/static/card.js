@@ -44,7 +44,7 @@ export class Card {
     if (document.activeElement === this.find(".again")) this.element.focus(); // the button goes
     this.find(".again").hidden = true;
     const answer = await this.post(`classify?top_k=${TOP_K}`);
-    const fewer = answer.problem?.status === 422 && answer.problem.detail.startsWith("top_k");
+    const fewer = answer.problem?.status === 422 && answer.problem.detail?.startsWith?.("top_k");
     this.show(fewer ? await this.post("classify") : answer);
   }
 

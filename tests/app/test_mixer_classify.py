@@ -131,6 +131,9 @@ def test_globs(live: Server, folder: Path) -> None:
     assert len(done.stdout.splitlines()) == 2
     deep = run(live.url, "**/*.bmp", "--format", "jsonl", cwd=folder)
     assert set(by_name(deep.stdout)) == {"e.bmp"}
+    (folder / "notes.txt").write_text("no image")
+    tree = run(live.url.replace("http:", "HTTP:"), f"{folder}/**", "--format", "jsonl")
+    assert set(by_name(tree.stdout)) == {"a.png", "b.PNG", "c, d.png", "e.bmp"}
 
 
 def test_folder_named_as_a_picture(tmp_path: Path) -> None:
@@ -486,6 +489,11 @@ def test_api_key(folder: Path, tmp_path: Path) -> None:
         assert without.returncode == 2
         assert "--api-key-file" in without.stderr
         assert run(server.url, folder, "--api-key-file", keys).returncode == 0
+        guarded = server.url.replace("//", "//bob:s3cret@")  # for a proxy in front
+        assert run(guarded, folder, "--api-key-file", keys).returncode == 0
+    stopped = run(guarded, folder, "--api-key-file", keys, "--retries", "0")
+    assert stopped.returncode == 2
+    assert stopped.stderr.startswith(f"mixer-classify: {server.url}: ")
 
 
 @pytest.mark.parametrize(
@@ -604,6 +612,7 @@ def test_certificates_that_cannot_be(
     [
         (("http://127.0.0.1:9", "FOLDER", "--retries", "1"), "127.0.0.1:9"),
         (("no-such-model.onnx", "FOLDER"), "no such file"),
+        (("127.0.0.1:8000", "FOLDER"), "the address of a server begins with http://"),
         ((MODEL, "nowhere"), "no image there"),
         ((MODEL, "nowhere/*.jpg"), "no image there"),
         (("http://host:port", "FOLDER"), "no address of a server"),

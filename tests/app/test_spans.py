@@ -184,3 +184,10 @@ def test_bad_variable(name: str, collector: list[Any]) -> None:
     assert "OTEL" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not collector
+
+
+def test_address_without_a_scheme() -> None:
+    """A collector's address to which no span would ever go stops start-up, named with its value."""
+    done = run_serve(OTEL_EXPORTER_OTLP_ENDPOINT="collector:4318")
+    assert done.returncode == 1
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT=collector:4318: a URL that begins" in done.stderr

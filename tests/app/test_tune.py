@@ -1,7 +1,9 @@
 """`mixer-serve tune MODEL`: what it measures, recommends, writes and draws."""
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -12,6 +14,7 @@ from app.curve import Point, draw
 from app.settings import EMBEDDED_MODEL, read_settings
 from app.tune import recommend
 from tests.outputs import CLOSED, buffered, check_output, run_closed
+from tests.processes import cpu_s
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -120,11 +123,31 @@ def test_interrupted(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_interrupted_on_the_way(tmp_path: Path) -> None:
+    """The installed command is ended by Ctrl+C with that line, too."""
+    command = [sys.executable, "-c", "import sys; from app.start import main; sys.exit(main())"]
+    output = str(tmp_path / "tuned.env")
+    with subprocess.Popen(
+        [*command, *f"tune --device cpu --max-batch 4096 -o {output}".split(), EMBEDDED_MODEL],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        give_up = time.monotonic() + 60
+        while cpu_s(process.pid) < 5:  # imports take one
+            assert time.monotonic() < give_up
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stderr is not None
+        assert process.stderr.read() == "\nmixer-serve: stopped\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_fits(tmp_path: Path) -> None:
     """Where not even one image fits into the latency, the report says so."""
     output = tmp_path / "tuned.env"
     done = run(str(EMBEDDED_MODEL), "--max-batch", "1", "--latency-ms", "0.01", "-o", str(output))
-    assert "nothing fits in 0.01 ms: this is the fastest single image" in done.stdout
+    assert "nothing fits in 0.01 ms: this is the fastest single image; a longer" in done.stdout
 
 
 @pytest.mark.parametrize("has_help", [False, True])

@@ -33,6 +33,7 @@ def test_it_has_the_services_limits() -> None:
     assert int(_directive("client_max_body_size", "m")) * 2**20 == settings.max_upload_bytes
     assert int(_directive("client_header_timeout", "s")) == settings.header_timeout_s
     assert int(_directive("client_body_timeout", "s")) == settings.body_timeout_s
+    assert int(_directive("keepalive_timeout", "s")) < settings.keep_alive_s
     assert int(_directive("proxy_read_timeout", "s")) * 1000 > settings.request_timeout_ms
     assert f"larger than {settings.max_upload_bytes} bytes" in NGINX
 

@@ -3,8 +3,8 @@
 `OBSERVED_BATCH_MS` puts a fake engine of that latency in the model's place, with
 `OBSERVED_CLASSES`, three times some number. `GET /observed` shows what is in flight and how many
 images the engine has seen; `?fault=raise`, `nan` or `none` breaks and mends the engine; with
-`fork`, no decoder can be started. `OBSERVED_KEEP_ALIVE_S` closes idle connections sooner; with
-`OBSERVED_SLICE_BYTES` a turn is over after so many, and `OBSERVED_HELD_BYTES` may wait for one.
+`fork`, no decoder can be started. With `OBSERVED_SLICE_BYTES` a turn is over after so many, and
+`OBSERVED_HELD_BYTES` may wait for one.
 """
 
 import os
@@ -17,7 +17,7 @@ import numpy as np
 from fastapi import FastAPI
 from numpy.typing import NDArray
 
-from app import decoder_link, draining, images, main, protocol, serve, turns
+from app import decoder_link, images, main, protocol, serve, turns
 from app.decoder import MAX_CPU_S
 from app.engine import Engine, OnnxEngine
 from app.nursery import nursery
@@ -133,7 +133,6 @@ def create_observed_app(settings: Settings, engine: ObservedEngine) -> FastAPI:
 if __name__ == "__main__":
     serve.OnnxEngine = ObservedEngine  # type: ignore[attr-defined,assignment] # the same face
     serve.create_app = create_observed_app  # type: ignore[attr-defined,assignment] # likewise
-    draining.KEEP_ALIVE_S = int(os.environ.get("OBSERVED_KEEP_ALIVE_S", draining.KEEP_ALIVE_S))
     if slice_bytes := os.environ.get("OBSERVED_SLICE_BYTES"):
         protocol.SLICE_BYTES = int(slice_bytes)
         vars(protocol)["TURN_S"] = -1.0

@@ -147,12 +147,11 @@ def test_slow_second_request(fake: Start) -> None:
         assert 0.4 < time.monotonic() - start < 2
 
 
-def test_idle_after_an_early_answer(fake: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_after_an_early_answer(fake: Start) -> None:
     """A connection whose request was refused before its body came is closed like any idle one."""
-    monkeypatch.setenv("OBSERVED_KEEP_ALIVE_S", "1")
     head = b"POST /classify HTTP/1.1\r\nHost: test\r\nContent-Length: 9\r\n\r\n"
     with (
-        fake(max_requests=1) as server,
+        fake(max_requests=1, keep_alive_s=1) as server,
         dial(server.url) as first,
         dial(server.url) as refused,
     ):
@@ -183,10 +182,9 @@ def _closed_after_s(client: socket.socket, more: bytes) -> float:
 
 
 @pytest.mark.parametrize("body", [make_image(), b"no image"])
-def test_empty_lines(fake: Start, monkeypatch: pytest.MonkeyPatch, body: bytes) -> None:
+def test_empty_lines(fake: Start, body: bytes) -> None:
     """Empty lines after a request neither end an idle connection early nor hold it longer."""
-    monkeypatch.setenv("OBSERVED_KEEP_ALIVE_S", "2")
-    with fake(header_timeout_s=0.5) as server, dial(server.url) as client:
+    with fake(header_timeout_s=0.5, keep_alive_s=2) as server, dial(server.url) as client:
         client.sendall(post(body) + b"\r\n")
         assert b"HTTP/1.1 " in read_answer(client)
         time.sleep(1)
