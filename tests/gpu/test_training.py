@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="training needs torch: .venv-gpu/bin/python -m pip install torch")
+torch = pytest.importorskip("torch", reason="training needs torch in .venv-gpu: pip install torch")
 
 from model_export import train_model, update  # noqa: E402 - they need torch
 from model_export.recipe import Recipe  # noqa: E402
