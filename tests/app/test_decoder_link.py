@@ -14,7 +14,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -33,6 +33,7 @@ from app.images import decode
 from app.model_card import Preprocessing
 from app.nursery import nursery
 from tests.fakes import encode, make_image
+from tests.processes import cpu_s
 
 TASK = Task(
     preprocessing=Preprocessing(image_size=32, patch_size=4),
@@ -62,16 +63,32 @@ def test_answers_of_any_length() -> None:
     large.close()
 
 
-def test_decoder_killed_over_an_upload(caplog: pytest.LogCaptureFixture) -> None:
+def test_decoder_killed_over_an_upload(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """An upload whose decoder is killed fails, and the next one finds another decoder."""
+    # However long a busy machine takes over it, this is not the decoder's own limit.
+    monkeypatch.setattr("app.decoder_link.MAX_CPU_S", 60)
+    upload = png_of_profiles(20_000)  # which takes far longer
     one = DecoderLink(TASK)
     killed = one.pid
-    threading.Timer(0.3, os.kill, [killed, signal.SIGKILL]).start()
+    killing = threading.Thread(target=kill_at_work, args=[killed, cpu_s(killed) + 0.2])
+    killing.start()
     with pytest.raises(DecoderLost):
-        one.decode(png_of_profiles(20_000))  # which takes longer
+        one.decode(upload)
+    killing.join()
     assert f"decoder {killed} has ended" in caplog.text
     assert one.decode(make_image()).format == "PNG"
     one.close()
+
+
+def kill_at_work(pid: int, used_s: float) -> None:
+    """Kill a process once it has used so many CPU seconds."""
+    give_up = time.monotonic() + 30
+    while cpu_s(pid) < used_s:
+        assert time.monotonic() < give_up, "it never works"
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
 
 
 def test_decoder_killed_while_it_waits(caplog: pytest.LogCaptureFixture) -> None:
@@ -146,13 +163,13 @@ def test_memory_that_is_limited_already(monkeypatch: pytest.MonkeyPatch) -> None
 def test_memory_comes_back(photos_before: int) -> None:
     """What a large picture has taken is given back once it is answered."""
     one = DecoderLink(TASK.model_copy(update={"max_pixels": 50_000_000}))
-    large = encode(Image.new("RGBA", (6000, 6000)), "PNG")
+    large = encode(Image.new("RGBA", (4000, 4000)), "PNG")
     photo = encode(Image.new("RGB", (640, 480)), "JPEG")
     for _ in range(1 + photos_before):
         one.decode(photo)
     before = kib(one, "VmRSS")
     one.decode(large)
-    assert kib(one, "VmHWM") > before + 250_000
+    assert kib(one, "VmHWM") > before + 110_000
     assert kib(one, "VmRSS") < before + 32_000
     one.close()
 
@@ -189,7 +206,8 @@ def test_stuck_decoder(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, size: int
 ) -> None:
     """A decoder that stands still fails its upload, however large, and is replaced."""
-    monkeypatch.setattr("app.nursery._PATIENCE", struct.pack("ll", 0, 300_000))
+    DecoderLink(TASK).close()  # the first one may have to wait for the nursery
+    monkeypatch.setattr("app.nursery._PATIENCE", struct.pack("ll", 2, 0))
     one = DecoderLink(TASK)
     stuck = one.pid
     os.kill(stuck, signal.SIGSTOP)
@@ -242,7 +260,6 @@ def test_bug(monkeypatch: pytest.MonkeyPatch) -> None:
         thread.join()
 
 
-@settings(deadline=None)
 @given(st.integers(0, 3_000_000), st.integers(0, 255))
 def test_messages_of_any_size(size: int, value: int) -> None:
     """What is sent arrives whole, however large; a closed socket is no message."""

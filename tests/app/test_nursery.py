@@ -93,8 +93,8 @@ def test_nursery_that_has_just_died(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nursery_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A nursery that stands still fails one request for a decoder, and is replaced."""
-    monkeypatch.setattr("app.nursery._PATIENCE", struct.pack("ll", 0, 300_000))
     DecoderLink(TASK).close()
+    monkeypatch.setattr("app.nursery._PATIENCE", struct.pack("ll", 0, 300_000))
     stuck = nursery()._process.pid
     os.kill(stuck, signal.SIGSTOP)
     with pytest.raises(NoDecoder):
