@@ -69,13 +69,21 @@ def test_batch_while_images_wait_for_a_decoder(
     """An engine on the CPU leaves the cores to decoders that have work; a GPU takes nothing."""
     decode = Decoders.decode
 
+    inferred = threading.Event()
+    # The second image comes late, or where it is not waited for, when the first is done.
+    waits = iter([0.0, 5.0 if images == 1 else 0.1, 0.0, 0.0])
+
     def late(self: Decoders, upload: bytes) -> Picture:
-        time.sleep(0.1)
+        inferred.wait(next(waits))
         return decode(self, upload)
+
+    def note(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        inferred.set()
+        return logits
 
     monkeypatch.setattr(Decoders, "decode", late)
     monkeypatch.setattr("app.batcher.GATHER_S", 10.0)
-    engine = FakeEngine(provider=provider, threads=threads)
+    engine = FakeEngine(provider=provider, threads=threads, fault=note)
 
     async def run() -> None:
         classifier = _classifier(engine, max_batch=3)
@@ -264,16 +272,18 @@ def test_dead_spare_work_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
         async def ask() -> asyncio.Task[object]:
             task = asyncio.create_task(classifier.classify([b"image"], deadline))
-            await asyncio.sleep(0.1)  # it is decoded
+            await asyncio.sleep(0)
+            await classifier.in_decoder(lambda: None, math.inf)  # it is decoded
             return task
 
-        tasks = [await ask(), await ask()]  # one is in the engine, one waits
+        tasks = [await ask()]
+        assert await asyncio.to_thread(begun.acquire, timeout=10)
+        tasks.append(await ask())  # one is in the engine, one waits
         spare = Picture("PNG", 8, 8, np.zeros((4, 48), np.uint8))
         held = weakref.ref(spare.patches)
         explaining = asyncio.create_task(classifier.infer_spare([spare], deadline))
         await asyncio.sleep(0)  # it is queued behind them
         del spare
-        assert await asyncio.to_thread(begun.acquire, timeout=10)
         turns.release()
         assert await asyncio.to_thread(begun.acquire, timeout=10)
         tasks.append(await ask())  # the second is in the engine, what is spare has been put aside
