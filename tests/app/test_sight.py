@@ -111,7 +111,7 @@ class TestMetrics:
 
     def test_images_and_batches(self, serve: Serve) -> None:
         """Stages are counted for each image, batches and inferences for each batch."""
-        client = serve(FakeEngine(seconds=0.02), max_batch=2)
+        client = serve(FakeEngine(seconds=0.2), max_batch=2)
         files = [("files", make_image())] * 5 + [("files", b"hello")]
         client.post("/classify/batch", files=files)
         found = scrape(client)
@@ -121,8 +121,8 @@ class TestMetrics:
         assert found["batch_images_sum"] == 5
         batches = found["batch_images_count"]
         assert 3 <= batches == found["inference_seconds_count"] == found["batch_seconds_count"]
-        assert found["inference_seconds_sum"] >= 0.02 * batches
-        assert found["queue_seconds_sum"] >= 0.02
+        assert found["inference_seconds_sum"] >= 0.2 * batches
+        assert found["queue_seconds_sum"] >= 0.2
         assert found["received_bytes_total"] > 5 * len(make_image())
 
     def test_prediction_beside_what_came(self, serve: Serve) -> None:
@@ -238,10 +238,10 @@ class TestTiming:
 
     def test_waiting_shows_as_queue(self, serve: Serve) -> None:
         """Images that wait for the engine show it as queue time."""
-        client = serve(FakeEngine(seconds=0.05), max_batch=1)
+        client = serve(FakeEngine(seconds=0.2), max_batch=1, queue_budget_ms=60_000)
         answer = client.post("/classify/batch", files=[("files", make_image())] * 4)
         # The last one waits for three others, less what its own decoding takes longer than theirs.
-        assert durations(answer)["queue"] >= 100
+        assert durations(answer)["queue"] >= 200
 
     def test_other_answers_have_a_total(self, client: TestClient) -> None:
         """Answers without an inference tell their total."""
