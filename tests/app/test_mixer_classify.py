@@ -339,7 +339,10 @@ def test_interrupted(tmp_path: Path) -> None:
         process = subprocess.Popen(
             command, cwd=ROOT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         )
+        give_up = time.monotonic() + 30
         while not (file.exists() and file.read_text().count("\n") >= 4):
+            assert process.poll() is None
+            assert time.monotonic() < give_up
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == 130

@@ -457,12 +457,14 @@ def test_signal_as_it_begins(tmp_path: Path) -> None:
     """Who connects before the decoders have started is answered, a signal in between or not."""
     (tmp_path / "slow.py").write_text(
         "import asyncio, sys\n"
+        "from pathlib import Path\n"
         "from app import serve\n"
         "from app.draining import DrainingServer\n"
         "start = DrainingServer.startup\n"
         "async def late(self, sockets=None):\n"
         "    print('late', flush=True)\n"
-        "    await asyncio.sleep(0.5)\n"
+        "    while not Path(__file__).with_name('asked').exists():\n"
+        "        await asyncio.sleep(0.01)\n"
         "    await start(self, sockets)\n"
         "DrainingServer.startup = late\n"
         "sys.exit(serve.main())\n"
@@ -485,6 +487,8 @@ def test_signal_as_it_begins(tmp_path: Path) -> None:
         with dial(url[0]) as client:
             client.sendall(get("/livez"))
             process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)  # the time to drain is over as it starts
+            (tmp_path / "asked").touch()
             answer = read_answer(client)
         assert answer.startswith(b"HTTP/1.1 200")
         assert b"connection: close" in answer.lower()
