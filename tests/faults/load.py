@@ -8,11 +8,12 @@ is made of bytes and callbacks alone.
 import asyncio
 import gc
 import multiprocessing
+import os
 import random
 import re
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ import uvloop
 REFUSED, BROKEN = -1, -2  # in place of a status: no connection, or none any more
 # More open connections than this and the generator, not the server, is the one in trouble.
 MAX_CONNECTIONS = 4000
+ANSWER_S = 60.0  # a test whose answer never comes shall fail, not hang
+# Other work on the same cores spoils a round; one good round shows what the service does.
+ROUNDS = int(os.environ.get("FAULTS_ROUNDS", "3"))
 LENGTH = re.compile(rb"(?i)\r\ncontent-length: (\d+)")
 
 
@@ -173,8 +177,9 @@ class Load:
         """Send one request and wait for its answer."""
         before = len(self.answers)
         self.fire(request, time.monotonic())
-        while len(self.answers) == before:
-            await asyncio.sleep(0.0005)
+        async with asyncio.timeout(ANSWER_S):
+            while len(self.answers) == before:
+                await asyncio.sleep(0.0005)
         return self.answers[-1]
 
     async def _connect(self, request: bytes, answer: Answer) -> None:
@@ -306,6 +311,14 @@ def read_answer(plain: socket.socket) -> bytes:
         if length and len(body) >= int(length[1]):
             break
     return answer
+
+
+def until(condition: Callable[[], bool], within_s: float = 30) -> None:
+    """Wait until the condition holds, which it must within so many seconds."""
+    give_up = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < give_up, f"not within {within_s} s"
+        time.sleep(0.01)
 
 
 def percentile(answers: Sequence[Answer], share: float) -> float:

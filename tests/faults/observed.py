@@ -3,8 +3,8 @@
 `OBSERVED_BATCH_MS` puts a fake engine of that latency in the model's place, with
 `OBSERVED_CLASSES`, three times some number. `GET /observed` shows what is in flight and how many
 images the engine has seen; `?fault=raise`, `nan` or `none` breaks and mends the engine; with
-`fork`, no decoder can be started. With `OBSERVED_SLICE_BYTES` a turn is over after so many, and
-`OBSERVED_HELD_BYTES` may wait for one.
+`fork`, no decoder can be started. `?hold=1` keeps the engine from ending its batch until `?hold=0`.
+With `OBSERVED_SLICE_BYTES` a turn is over after so many, and `OBSERVED_HELD_BYTES` may wait for one.
 """
 
 import os
@@ -47,6 +47,8 @@ class ObservedEngine:
         self.images = 0
         self.fault = "none"
         self.slower_s = 0.0
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
 
     def run(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return logits float32 [batch, classes], as the engine does."""
@@ -56,6 +58,7 @@ class ObservedEngine:
         """Return logits float32 [share, classes], or fail as ordered."""
         self.images += len(patches)
         time.sleep(self.slower_s)
+        self.may_go_on.wait()
         if self.fault == "raise":
             raise RuntimeError("ordered to fail")
         logits = self.engine.infer(patches, share)
@@ -109,11 +112,15 @@ def create_observed_app(settings: Settings, engine: ObservedEngine) -> FastAPI:
     app = main.create_app(settings, engine)
 
     @app.get("/observed", include_in_schema=False)
-    async def observed(fault: str = "", slower_ms: int | None = None) -> dict[str, int]:
+    async def observed(
+        fault: str = "", slower_ms: int | None = None, hold: bool | None = None
+    ) -> dict[str, int]:
         engine.fault = fault or engine.fault
         vars(decoder_link)["nursery"] = _no_nursery if engine.fault == "fork" else nursery
         if slower_ms is not None:
             engine.slower_s = slower_ms / 1000
+        if hold is not None:
+            (engine.may_go_on.clear if hold else engine.may_go_on.set)()
         admission = app.state.service.admission
         return {
             "requests": admission.requests,

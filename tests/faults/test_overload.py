@@ -16,6 +16,7 @@ from app.settings import Settings
 from tests.fakes import make_image
 from tests.faults.conftest import Figure, Start
 from tests.faults.load import (
+    ROUNDS,
     Answer,
     Load,
     another_process,
@@ -31,9 +32,6 @@ from tests.processes import Server
 QUEUE_BUDGET_S = Settings().queue_budget_ms / 1000
 OVERLOAD_S = 30.0
 ENOUGH_CORES = 4  # one of them for the generator
-# Other work on the same cores spoils a round; one good round shows what the service does.
-ROUNDS = int(os.environ.get("FAULTS_ROUNDS", "3"))
-
 
 pytestmark = pytest.mark.timed
 
