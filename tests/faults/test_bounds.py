@@ -23,7 +23,7 @@ from app.latency import LatencyTable
 from app.settings import Settings
 from tests.fakes import encode, make_image
 from tests.faults.conftest import Figure, Start
-from tests.faults.load import Answer, Load, closed_loop, dial, get, one, post, read_answer
+from tests.faults.load import Answer, Load, closed_loop, dial, get, one, post, read_answer, until
 
 BYTES_PER_PIXEL = 12  # of a picture being decoded, at worst: ARCHITECTURE.md
 HEAD = b"POST /classify HTTP/1.1\r\nHost: test\r\nContent-Type: image/jpeg\r\n"
@@ -41,8 +41,7 @@ def test_requests(fake: Start, figure: Figure) -> None:
         held = [dial(server.url) for _ in range(10)]
         for client in held:
             client.sendall(HEAD + b"Content-Length: 1000\r\n\r\n")
-        while observe(server.url)["requests"] < 10:
-            time.sleep(0.01)
+        until(lambda: observe(server.url)["requests"] == 10)
         refused = one(server.url, post(make_image()))
         figure(f"the 11th of 10: {refused.status}, Retry-After {refused.header('Retry-After')}")
         assert refused.status == 429
@@ -50,8 +49,7 @@ def test_requests(fake: Start, figure: Figure) -> None:
         assert one(server.url, get("/livez")).status == 200
         for client in held:
             client.close()
-        while observe(server.url)["requests"] > 0:
-            time.sleep(0.01)
+        until(lambda: observe(server.url)["requests"] == 0)
         assert one(server.url, post(make_image())).status == 200
 
 
@@ -64,33 +62,36 @@ def test_bytes(fake: Start, figure: Figure) -> None:
         assert one(server.url, post(make_image())).status == 200
         for client in promised[:2]:
             client.sendall(bytes(499_000))
-        while observe(server.url)["body_bytes"] < 900_000:
-            time.sleep(0.01)
+        until(lambda: observe(server.url)["body_bytes"] >= 900_000)
         refused = one(server.url, post(bytes(100_000)))
         figure(f"{observe(server.url)['body_bytes']} of 1,000,000 held: {refused.status}")
         assert refused.status == 429
         for client in promised:
             client.close()
-        while observe(server.url)["body_bytes"] > 0:
-            time.sleep(0.01)
+        until(lambda: observe(server.url)["body_bytes"] == 0)
         assert one(server.url, post(make_image())).status == 200
 
 
 def test_images(fake: Start, figure: Figure) -> None:
     """Decoding and waiting together never hold more than `queue_size` images."""
-    with fake(batch_ms=300, max_batch=2, queue_size=20, queue_budget_ms=3_600_000) as server:
+    with fake(max_batch=2, queue_size=20, queue_budget_ms=3_600_000) as server:
 
         async def run() -> list[Answer]:
-            load = Load(server.url)
+            load, other = Load(server.url), Load(server.url)
+            await other.one(get("/observed?hold=1"))  # none is done before the last has come
             for _ in range(60):
                 load.fire(post(make_image()), time.monotonic())
+            async with asyncio.timeout(30):
+                while len(load.answers) < 40:
+                    await asyncio.sleep(0.01)
+            await other.one(get("/observed?hold=0"))
             await load.settle()
+            await other.settle()
             return load.answers
 
         statuses = [answer.status for answer in uvloop.run(run())]
         figure(f"{statuses.count(200)} × 200, {statuses.count(429)} × 429")
-        assert set(statuses) == {200, 429}
-        assert 20 <= statuses.count(200) <= 24
+        assert (statuses.count(200), statuses.count(429)) == (20, 40)
 
 
 def test_four_batches_of_a_slow_model(fake: Start) -> None:
@@ -139,11 +140,9 @@ def test_connections_beyond_the_probes(fake: Start) -> None:
         with dial(server.url) as one_more:
             began = time.monotonic()
             assert b" 503 " in read_answer(one_more)
-            assert time.monotonic() - began < 0.5
-        time.sleep(1.2)
-        with dial(server.url) as probe:
-            probe.sendall(get("/livez"))
-            assert b" 200 " in read_answer(probe)
+            assert time.monotonic() - began < 0.9  # 1 s in the place of a probe
+        time.sleep(1)
+        until(lambda: one(server.url, get("/livez")).status == 200, 3)
         for client in held:
             client.close()
 
@@ -184,8 +183,11 @@ def test_places_come_back_after_a_spike(fake: Start, figure: Figure) -> None:
         time.sleep(7)
         probe = one(server.url, get("/readyz")).status
     spike = [status for at, status in answers if at < begin + 2.5]
-    after = [status for at, status in answers if at > begin + 5]
-    figure(f"{spike.count(503)} of {len(spike)} refused in the spike, then {after.count(503)}")
+    after = [status for _, status in sorted(answers)[-20:]]
+    figure(
+        f"{spike.count(503)} of {len(spike)} refused in the spike, "
+        f"{after.count(503)} of the last {len(after)}"
+    )
     assert 503 in spike
     assert set(after) == {415}
     assert probe == 200
@@ -224,8 +226,7 @@ def test_memory_of_forms_not_yet_whole(fake: Start, figure: Figure) -> None:
         held = [dial(server.url) for _ in range(12)]
         for client in held:
             client.sendall(request)
-        while observe(server.url)["body_bytes"] < 12 * len(form):
-            time.sleep(0.01)
+        until(lambda: observe(server.url)["body_bytes"] >= 12 * len(form))
         growth = server.resident_mib() - before
         for client in held:
             client.close()
