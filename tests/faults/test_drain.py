@@ -19,7 +19,7 @@ from app.access import Access
 from app.metrics import Metrics
 from tests.fakes import make_image
 from tests.faults.conftest import Figure, Start
-from tests.faults.load import REFUSED, Load, dial, get, one, post, read_answer
+from tests.faults.load import REFUSED, Load, dial, get, one, post, read_answer, until
 from tests.processes import Server, serving
 
 TIMES = 20
@@ -182,8 +182,7 @@ def test_second_sigterm(fake: Start, figure: Figure) -> None:
     """A second SIGTERM ends the process at once."""
     with fake(drain_delay_s=30) as server:
         server.process.send_signal(signal.SIGTERM)
-        while one(server.url, get("/readyz")).status == 200:
-            pass
+        until(lambda: one(server.url, get("/readyz")).status == 503)
         start = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(5) == 128 + signal.SIGTERM
@@ -192,13 +191,12 @@ def test_second_sigterm(fake: Start, figure: Figure) -> None:
 
 def test_refusals_close_while_draining(fake: Start) -> None:
     """While draining, every answer carries `Connection: close`, refusals and errors included."""
-    with fake(drain_delay_s=5, max_requests=1) as server, dial(server.url) as holder:
+    with fake(drain_delay_s=30, max_requests=1) as server, dial(server.url) as holder:
         kept = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
         kept.sendall(get("/livez"))
         assert b"connection: close" not in read_answer(kept).lower()
         server.process.send_signal(signal.SIGTERM)
-        while one(server.url, get("/readyz")).status == 200:
-            pass
+        until(lambda: one(server.url, get("/readyz")).status == 503)
         kept.sendall(post(make_image()))  # idle since before the signal
         answer = read_answer(kept).lower()
         kept.close()
@@ -208,17 +206,17 @@ def test_refusals_close_while_draining(fake: Start) -> None:
             answers = one(server.url, request)
             assert answers.header("Connection") == "close", request
         holder.sendall(post(b"").replace(b"Length: 0", b"Length: 9"))
-        while (refused := one(server.url, post(b""))).status != 429:
-            time.sleep(0.02)
+        until(lambda: one(server.url, post(b"")).status == 429)
+        refused = one(server.url, post(b""))
+        assert refused.status == 429
         assert refused.header("Connection") == "close"
 
 
 def test_request_behind_the_last(fake: Start) -> None:
     """What a client has sent behind a request whose answer closes the connection is not begun."""
-    with fake(drain_delay_s=5) as server, dial(server.url) as client:
+    with fake(drain_delay_s=30) as server, dial(server.url) as client:
         server.process.send_signal(signal.SIGTERM)
-        while one(server.url, get("/readyz")).status == 200:
-            pass
+        until(lambda: one(server.url, get("/readyz")).status == 503)
         last = post(b"x", Content_Type="text/plain", X_Request_ID="last")
         client.sendall(last + post(make_image(), X_Request_ID="behind"))
         assert read_answer(client).startswith(b"HTTP/1.1 415")

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import socket
 import statistics
 import time
@@ -23,7 +22,9 @@ from tests.faults.load import (
     percentile,
     post,
     read_answer,
+    until,
 )
+from tests.faults.test_bounds import observe
 from tests.processes import Server
 
 CLIENTS = 500
@@ -76,13 +77,13 @@ def others_p99_s(server: Server) -> float:
 def test_body_of_a_request_that_had_to_wait(fake: Start) -> None:
     """The body of a request sent ahead has its whole time from when we read on."""
     with (
-        fake(batch_ms=1500, max_batch=1, body_timeout_s=1) as server,
+        fake(batch_ms=2500, max_batch=1, body_timeout_s=2) as server,
         dial(server.url) as client,
     ):
         request = post(make_image())
         client.sendall(request + request[:-9])
         assert b" 200 " in read_answer(client)
-        time.sleep(0.7)  # 2.2 s after its first byte, 0.7 after its turn has come
+        time.sleep(0.5)  # 3 s after its first byte, 0.5 after its turn has come
         client.sendall(request[-9:])
         assert b" 200 " in read_answer(client)
 
@@ -122,7 +123,7 @@ def test_500_trickling_clients(fake: Start, figure: Figure) -> None:
 def test_silence(fake: Start, figure: Figure) -> None:
     """A connection that says nothing is closed, one between two requests is kept."""
     with (
-        fake(header_timeout_s=0.5) as server,
+        fake(header_timeout_s=2) as server,
         dial(server.url) as silent,
         dial(server.url) as idle,
     ):
@@ -130,7 +131,7 @@ def test_silence(fake: Start, figure: Figure) -> None:
         assert b"200 OK" in read_answer(idle)
         start = time.monotonic()
         assert b" 408 " in read_answer(silent)
-        figure(f"silence ends after {time.monotonic() - start:.2f} s of 0.5")
+        figure(f"silence ends after {time.monotonic() - start:.2f} s of 2")
         time.sleep(0.5)
         idle.sendall(get("/livez"))
         assert b"200 OK" in read_answer(idle)
@@ -138,13 +139,13 @@ def test_silence(fake: Start, figure: Figure) -> None:
 
 def test_slow_second_request(fake: Start) -> None:
     """The headers of a later request on the connection have a deadline, too."""
-    with fake(header_timeout_s=0.5) as server, dial(server.url) as client:
+    with fake(header_timeout_s=2) as server, dial(server.url) as client:
         client.sendall(get("/livez"))
         assert b"200 OK" in read_answer(client)
-        client.sendall(b"GET /live")
         start = time.monotonic()
+        client.sendall(b"GET /live")
         assert b" 408 " in read_answer(client)
-        assert 0.4 < time.monotonic() - start < 2
+        assert 1.9 < time.monotonic() - start < 8
 
 
 def test_idle_after_an_early_answer(fake: Start) -> None:
@@ -156,12 +157,11 @@ def test_idle_after_an_early_answer(fake: Start) -> None:
         dial(server.url) as refused,
     ):
         first.sendall(head)
-        while json.loads(one(server.url, get("/observed")).body)["requests"] < 1:
-            time.sleep(0.02)
+        until(lambda: observe(server.url)["requests"] == 1)
         refused.sendall(head)
         assert b" 429 " in read_answer(refused)
-        refused.sendall(b"too late.")
         start = time.monotonic()
+        refused.sendall(b"too late.")
         assert refused.recv(1) == b""
         assert 0.5 < time.monotonic() - start < 5
 
@@ -244,15 +244,17 @@ def _held_by_the_kernel(client: socket.socket) -> int:
 def test_what_comes_along_with_a_whole_request(fake: Start, rest: bytes, more: bytes) -> None:
     """What follows a refused request in the same packet has its deadline, trickling or not."""
     with (
-        fake(max_requests=1, header_timeout_s=1, body_timeout_s=1) as server,
+        fake(max_requests=1, header_timeout_s=1, body_timeout_s=3) as server,
         dial(server.url) as first,
         dial(server.url) as refused,
     ):
         first.sendall(BODY_HEAD)
-        while json.loads(one(server.url, get("/observed")).body)["requests"] < 1:
-            time.sleep(0.02)
+        until(lambda: observe(server.url)["requests"] == 1)
+        start = time.monotonic()
         refused.sendall(post(b"too early") + rest)
-        assert 0.9 < _closed_after_s(refused, more) < 5
+        _closed_after_s(refused, more)
+        least_s = 2.9 if rest is BODY_HEAD else 0.9
+        assert least_s < time.monotonic() - start < 8
 
 
 @pytest.mark.parametrize(
@@ -266,10 +268,10 @@ def test_what_comes_along_with_a_whole_request(fake: Start, rest: bytes, more: b
 def test_silence_after_an_early_answer(fake: Start, pieces: list[bytes], status: int) -> None:
     """A client that has its answer and leaves its body unsent is cut off after the body's time."""
     with fake(body_timeout_s=1) as server, dial(server.url) as client:
+        start = time.monotonic()
         for piece in pieces:
             client.sendall(piece)
             time.sleep(0.1)
-        start = time.monotonic()
         assert b" %d " % status in read_answer(client)
         client.settimeout(10)
         assert client.recv(1) == b""
