@@ -1,6 +1,7 @@
 """Promise 12: nothing grows while it serves."""
 
 import asyncio
+import faulthandler
 import os
 import statistics
 import time
@@ -52,6 +53,7 @@ async def soak(server: Server, requests: list[bytes], rate: float) -> tuple[list
 @pytest.mark.slow
 def test_soak(real: Start, photos: list[bytes], figure: Figure) -> None:
     """At 70 % load memory grows by less than 32 MiB, descriptors and threads not at all."""
+    faulthandler.cancel_dump_traceback_later()  # nothing else may take as long
     requests = [post(photo) for photo in photos]
     with real(threads=2, decode_threads=2) as server:  # however many cores it may use
         peak = rate_of(closed_loop(server.url, requests, 32, 5))
