@@ -4,7 +4,7 @@
 `OBSERVED_CLASSES`, three times some number. `GET /observed` shows what is in flight and how many
 images the engine has seen; `?fault=raise`, `nan` or `none` breaks and mends the engine; with
 `fork`, no decoder can be started. `?hold=1` keeps the engine from ending its batch until `?hold=0`.
-With `OBSERVED_SLICE_BYTES` a turn is over after so many, and `OBSERVED_HELD_BYTES` may wait for one.
+With `OBSERVED_SLICE_BYTES` a turn is over after so many bytes, and `OBSERVED_HELD_BYTES` may wait.
 """
 
 import os
