@@ -9,9 +9,9 @@ from bentoml.validators import ContentType
 from tests.benchmarks.servers.work import MAX_BATCH, Work
 
 
-@bentoml.service(workers=1, traffic={"timeout": 30})
+@bentoml.service(workers="cpu_count", traffic={"timeout": 30})
 class Classify:
-    """One service, one worker: the model is loaded once."""
+    """One service, a worker for each core: one alone would be limited by its GIL."""
 
     def __init__(self) -> None:
         self._work = Work()
