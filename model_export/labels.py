@@ -1,5 +1,6 @@
 """Read the names of the classes, one for each logit."""
 
+import ast
 import csv
 import importlib.util
 import json
@@ -17,6 +18,7 @@ _21K_SYNSETS = {
     21841: "imagenet22k_synsets.txt",
     11221: "imagenet21k_miil_synsets.txt",
 }
+_TABLES = (".csv", ".tsv")
 _WORDNET_NAMES = "imagenet_synset_to_lemma.txt"
 
 
@@ -44,7 +46,15 @@ def _from_file(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ExportError(f"--labels {path}: cannot be read as text ({error})") from error
-    labels = _from_json(path, text) if path.suffix == ".json" else text.rstrip().split("\n")
+    suffix = path.suffix.lower()
+    if suffix in _TABLES:
+        raise ExportError(
+            f"--labels {path}: is a table, expected one label a line; save its column of names "
+            "alone, in the order of the classes, as .txt"
+        )
+    # A .txt may hold JSON, too, or what Python prints: one label a line, in brackets and quotes.
+    is_text = suffix != ".json" and not text.lstrip().startswith(("[", "{"))
+    labels = text.rstrip().split("\n") if is_text else _from_json(path, text)
     labels = [label.strip() for label in labels]
     for number, label in enumerate(labels, 1):
         if not label:
@@ -56,11 +66,27 @@ def _from_json(path: Path, text: str) -> list[str]:
     try:
         labels = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ExportError(f"--labels {path}: not JSON ({error})") from error
+        labels = _from_python(text)
+        if labels is None:
+            raise ExportError(
+                f"--labels {path}: not JSON ({error}); expected that, or text of one label a line "
+                "whose first does not begin with [ or {"
+            ) from error
     ordered = in_order(labels)
     if ordered is None:
         raise ExportError(f"--labels {path}: expected a JSON list of strings, or those by index")
     return ordered
+
+
+def _from_python(text: str) -> object:
+    """Return the list or dictionary that Python has printed as `text`, None if it is neither."""
+    try:
+        names = ast.literal_eval(text.strip())
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
+    if isinstance(names, dict):  # by numbers, as ImageNet's names go round
+        return {str(index): name for index, name in names.items()}
+    return names
 
 
 def in_order(names: object) -> list[str] | None:

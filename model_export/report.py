@@ -1,6 +1,6 @@
 """What the commands print: short texts for people, facts first."""
 
-from app.model_card import Preprocessing
+from app.model_card import ModelCard, Preprocessing
 from model_export.checkpoints import Checkpoint
 from model_export.evaluate import Evaluation
 from model_export.export import Report
@@ -16,6 +16,7 @@ def conversion(report: Report, checkpoint: Checkpoint) -> str:
         f"{len(card.labels)} classes",
         f"  source     {card.source}, SHA-256 {card.checksum}",
         f"  input      {_preprocessing(card.preprocessing)}",
+        f"  labels     {_labels(card)}",
     ]
     lines += [
         f"  override   {name} {was} -> {now}"
@@ -56,7 +57,6 @@ def inspection(summary: Summary) -> str:
     card = summary.card
     operators = ", ".join(f"{name} {n}" for name, n in summary.operators.most_common())
     cuda = f"no (lacks {', '.join(summary.cpu_only)})" if summary.cpu_only else "yes"
-    shown = ", ".join(card.labels[:5]) + (", …" if len(card.labels) > 5 else "")
     return "\n".join(
         [
             f"{card.name} (version {card.version}): {card.family} {card.variant}, {card.precision}",
@@ -65,7 +65,7 @@ def inspection(summary: Summary) -> str:
             f"  file size  {summary.file_bytes / 1e6:.1f} MB",
             f"  input      {_preprocessing(card.preprocessing)}",
             f"  outputs    {', '.join(summary.outputs)}",
-            f"  labels     {len(card.labels)}: {shown}",
+            f"  labels     {len(card.labels)}: {_labels(card)}",
             f"  source     {card.source}, SHA-256 {card.checksum}",
             f"  operators  {operators}",
             f"  providers  CPU: yes; CUDA: {cuda}",
@@ -102,6 +102,10 @@ def evaluation(result: Evaluation) -> str:
         for index, (share, count) in result.per_class.items()
     ]
     return "\n".join(lines)
+
+
+def _labels(card: ModelCard) -> str:
+    return ", ".join(card.labels[:5]) + (", …" if len(card.labels) > 5 else "")
 
 
 def _preprocessing(shown: Preprocessing) -> str:

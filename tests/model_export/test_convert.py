@@ -157,6 +157,7 @@ def test_report_says_what_was_verified(
         "tiny: mixer",
         "7 classes",
         "64 px, patches of 16, squash, bilinear",
+        "labels     class 0, class 1, class 2, class 3, class 4, …",
         "max |Δlogit|",
         "SHA-256",
     ):

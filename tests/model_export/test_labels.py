@@ -34,8 +34,29 @@ def test_json_is_a_list_or_by_index(tmp_path: Path, names: object) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("gist.txt", "{0: 'ant',\n 1: 'bee, \"wild\"'}\n"),
+        ("list.txt", '[\n"ant",\n"bee, \\"wild\\""\n]\n'),
+        ("list", "['ant',\n 'bee, \"wild\"']"),
+        ("L.JSON", '["ant", "bee, \\"wild\\""]'),
+    ],
+)
+def test_lists_under_any_name(tmp_path: Path, name: str, content: str) -> None:
+    """JSON, or a list or dictionary that Python has printed, is read as that in a text file too."""
+    (tmp_path / name).write_text(content)
+    assert labels.load(str(tmp_path / name), 2) == ("ant", 'bee, "wild"')
+
+
+@pytest.mark.parametrize(
     ("name", "content", "said"),
     [
+        ("a.txt", b"{0: 'ant',\n1: 'bee',", "not JSON"),
+        ("a.txt", b"[ant]\n[bee]", "one label a line whose first does not begin with"),
+        ("a.txt", b"{0: 'ant', 2: 'bee'}", "expected a JSON list of strings"),
+        ("a.txt", b"[" * 100_000, "not JSON"),
+        ("a.csv", b"0,ant\n1,bee\n", "is a table, expected one label a line; save its column"),
+        ("a.TSV", b"0\tant\n1\tbee\n", "is a table, expected one label a line; save its column"),
         ("a.json", b'{"0": "ant", "2": "bee"}', "expected a JSON list of strings"),
         ("a.json", b"[1, 2]", "expected a JSON list of strings"),
         ("a.json", b"[", "not JSON"),
