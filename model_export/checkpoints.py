@@ -23,16 +23,23 @@ class Checkpoint:
     checksum: str  # SHA-256 of the weights' file
     labels: tuple[str, ...] | None = None
     is_assumed: bool = False  # the preprocessing: nothing in or beside the weights tells of it
-    left_aside: int = 0  # tensors of training state in the file, no part of the model
+    left_aside: tuple[str, ...] = ()  # tensors in the file that are no part of the model
     state: str = ""  # which of several states in the file, and which not
 
 
-def load(source: str, *, sha256: str | None = None, allow_zero_head: bool = False) -> Checkpoint:
+def load(
+    source: str,
+    *,
+    sha256: str | None = None,
+    allow_zero_head: bool = False,
+    is_mean_given: bool = False,
+) -> Checkpoint:
     """Load a Google .npz, a timm folder or weights file, or an hf-hub: address.
 
     Raises:
         ExportError: it is missing, a web address, damaged, hostile, no Mixer (the message names the
-            tensor), not the file that `sha256` pins, or has a head of zeros that was not allowed.
+            tensor), not the file that `sha256` pins, has a head of zeros that was not allowed, or
+            normalises by layers of its own, unless `is_mean_given`: the user says mean and std.
     """
     if "://" in source:
         raise ExportError(f"{source}: download the file, or give hf-hub:owner/name")
@@ -53,6 +60,13 @@ def load(source: str, *, sha256: str | None = None, allow_zero_head: bool = Fals
         raise ExportError(
             f"{source}: the head is all zeros, so this is a pre-training checkpoint that gives "
             "every image the same answer; --allow-zero-head exports it all the same"
+        )
+    beside = [name for name in checkpoint.left_aside if name.split(".")[-1] in ("mean", "std")]
+    if beside and not is_mean_given:
+        raise ExportError(
+            f"{source}: holds {' and '.join(beside[:2])} beside the model, no part of it; give "
+            "what they hold as --mean and --std of mixer-export convert, or save the model's "
+            "state_dict() alone with a config.json that says it"
         )
     return checkpoint
 

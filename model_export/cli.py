@@ -55,7 +55,10 @@ def _convert(options: argparse.Namespace) -> None:
 
         step("reading")
         checkpoint = checkpoints.load(
-            options.source, sha256=options.sha256, allow_zero_head=options.allow_zero_head
+            options.source,
+            sha256=options.sha256,
+            allow_zero_head=options.allow_zero_head,
+            is_mean_given=None not in (options.mean, options.std),
         )
         preprocessing = _override(checkpoint.preprocessing, options)
         request = Request(

@@ -4,6 +4,8 @@ Sources: google-research/vision_transformer vit_jax/models_mixer.py, google-rese
 models/mlp_mixer.py. Dense kernels are [in, out], the stem's is [P, P, 3, C] (HWIO).
 """
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from model_export.errors import ExportError
@@ -17,23 +19,26 @@ _ROOTS = ("params/", "opt/target/", "optimizer/target/")
 _TRAINING_STATE = ("opt/", "optimizer/", "extra/", "step")
 
 
-def mixer(tensors: Tensors) -> tuple[Mixer, int]:
-    """Build the Mixer that `tensors` hold; also return how many tensors of training state it left.
+def mixer(tensors: Tensors) -> tuple[Mixer, tuple[str, ...]]:
+    """Build the Mixer that `tensors` hold; also return which tensors of training state it left.
 
     Raises:
         ExportError: the tensors are not those of a Mixer.
     """
-    model = _without_training_state(tensors)
+    names = _without_training_state(tensors)
+    model = {ours: tensors[name] for name, ours in names.items()}
     naming = _PRELINEN if "embedding/kernel" in model else _CURRENT
-    return pour(Mixer, _config(model, naming), model, naming), len(tensors) - len(model)
+    left_aside = tuple(name for name in tensors if name not in names)
+    return pour(Mixer, _config(model, naming), model, naming), left_aside
 
 
-def _without_training_state(tensors: Tensors) -> Tensors:
+def _without_training_state(names: Iterable[str]) -> dict[str, str]:
+    """Return the model's names, each with what it is below its root."""
     for root in _ROOTS:
-        model = {n.removeprefix(root): t for n, t in tensors.items() if n.startswith(root)}
+        model = {name: name.removeprefix(root) for name in names if name.startswith(root)}
         if model:
             return model
-    return {n: t for n, t in tensors.items() if not n.startswith(_TRAINING_STATE)}
+    return {name: name for name in names if not name.startswith(_TRAINING_STATE)}
 
 
 def _config(tensors: Tensors, naming: Naming) -> MixerConfig:

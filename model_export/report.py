@@ -30,7 +30,9 @@ def conversion(report: Report, checkpoint: Checkpoint) -> str:
     if checkpoint.state:
         lines.append(f"  weights    {checkpoint.state}")
     if checkpoint.left_aside:
-        lines.append(f"  left aside {checkpoint.left_aside} tensors of training state")
+        names = checkpoint.left_aside
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        lines.append(f"  left aside {len(names)} tensors that are no part of the model: {shown}")
     features = "" if agreement.features is None else f", max |Δfeature| {agreement.features:.2g}"
     lines.append(
         f"  verified   {agreement.pictures} pictures, float32 in onnxruntime against torch: "

@@ -20,7 +20,7 @@ class Weights(NamedTuple):
     """A model's tensors, and what the training script has saved beside them."""
 
     tensors: Tensors
-    left_aside: int = 0  # tensors that are no part of the model
+    left_aside: tuple[str, ...] = ()  # tensors that are no part of the model
     state: str = ""  # which of several states the tensors are, and which they are not
     arguments: Mapping[str, object] = {}
 

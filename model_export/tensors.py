@@ -63,7 +63,8 @@ def weights(path: Path) -> Weights:
         for name, tensor in found.tensors.items()
         if name.startswith(prefix)
     }
-    return found._replace(tensors=own, left_aside=len(found.tensors) - len(own))
+    beside = tuple(name for name in found.tensors if not name.startswith(prefix))
+    return found._replace(tensors=own, left_aside=beside)
 
 
 def _prefix(path: Path, names: Iterable[str]) -> str:

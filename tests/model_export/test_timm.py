@@ -441,7 +441,7 @@ def test_choice_of_weights_is_said(
     convert(tmp_path / "both.pth", 5)
     report = capsys.readouterr().out
     assert "weights    ema; left aside: model\n" in report
-    assert "left aside 1 tensors of training state" in report
+    assert "left aside 1 tensors that are no part of the model: n_averaged\n" in report
 
 
 def test_state_of_any_name(tmp_path: Path) -> None:
