@@ -18,7 +18,9 @@ from model_export.errors import ExportError
 
 _TRAIN = "train"
 _LARGEST_BYTES = 256 * 2**20  # of a picture's file
-_TEST = ("test", "val", "valid", "validation")
+# In any case of letters; where there are several the first is taken.
+_TRAINS = (_TRAIN, "training")
+_TESTS = ("test", "testing", "val", "valid", "validation")
 
 
 @dataclass(frozen=True)
@@ -180,17 +182,28 @@ def _root(files: list[PurePosixPath]) -> tuple[str, ...]:
 def _splits(files: list[PurePosixPath]) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
     """Return the folder of the classes to train on, and that to test on, if there is one.
 
-    A split holds class folders: a `test/` of loose pictures without labels is none.
+    A split holds class folders: a `test/` of loose pictures without labels is none. Classes may be
+    named as splits are, but not all of them, nor as one to train on and one to test on.
     """
     root = _root(files)
     depth = len(root)
     nested = {name.parts[depth] for name in files if len(name.parts) > depth + 2}
     tops = {name.parts[depth] for name in files if len(name.parts) > depth + 1}
-    if _TRAIN in nested or (_TRAIN in tops and tops <= {_TRAIN, *_TEST}):
-        return (*root, _TRAIN), next(((*root, part) for part in _TEST if part in nested), None)
-    if nested and nested == tops and tops <= set(_TEST):  # something to measure on, no more
-        return (*root, _TRAIN), next((*root, part) for part in _TEST if part in nested)
+    tests = _called(_TESTS, nested)
+    test = (*root, tests[0]) if tests else None
+    only_splits = len(_called((*_TRAINS, *_TESTS), tops)) == len(tops)
+    trains = _called(_TRAINS, tops if only_splits else nested)
+    if _TRAIN in nested or (trains and (tests or only_splits)):
+        return (*root, trains[0]), test
+    if nested and nested == tops and only_splits:  # something to measure on, no more
+        return (*root, _TRAIN), test
     return root, None
+
+
+def _called(known: tuple[str, ...], names: Collection[str]) -> list[str]:
+    """Return those of `names` that are `known`, in that order; exactly so written come first."""
+    found = [name for name in names if name.lower() in known]
+    return sorted(found, key=lambda name: (known.index(name.lower()), name != name.lower(), name))
 
 
 def _inside(name: PurePosixPath, folder: tuple[str, ...]) -> bool:

@@ -201,3 +201,29 @@ def test_measured_pictures_have_the_class_that_training_gives_them(tmp_path: Pat
         PurePosixPath("test/x/s/3"): "x",
         PurePosixPath("test/y/4"): "y",
     }
+
+
+@pytest.mark.parametrize(
+    ("train", "test"), [("Train", "Test"), ("training", "validation"), ("TRAINING", "Testing")]
+)
+def test_splits_in_other_words(tmp_path: Path, train: str, test: str) -> None:
+    """Splits are told by their names in any case of letters, whatever is beside them."""
+    lay(tmp_path, f"{train}/x/1", f"{train}/y/2", f"{test}/x/3", f"{test}/y/4", "extra/z/5")
+    listing = dataset.find(tmp_path)
+    assert listing.classes == ("x", "y")
+    assert listing.train == ((f"{train}/x/1", 0), (f"{train}/y/2", 1))
+    assert listing.test == ((f"{test}/x/3", 0), (f"{test}/y/4", 1))
+    assert dataset.measured(tmp_path)[0] == test
+
+
+def test_splits_of_loose_pictures_are_no_classes(tmp_path: Path) -> None:
+    """Pictures that lie in Train/ and Test/ themselves have no classes."""
+    with pytest.raises(ExportError, match="two or more classes, found none"):
+        dataset.find(lay(tmp_path, "Train/1", "Train/2", "Test/3"))
+
+
+@pytest.mark.parametrize("name", ["Train", "training"])
+def test_class_with_folders_may_be_named_as_a_split(tmp_path: Path, name: str) -> None:
+    """Without a split to test on beside it, Train is a class among others."""
+    lay(tmp_path, "Bus/a/1", f"{name}/a/2", f"{name}/b/3")
+    assert dataset.find(tmp_path).classes == ("Bus", name)
