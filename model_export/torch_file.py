@@ -17,10 +17,9 @@ from model_export.errors import ExportError
 from model_export.stored import Weights, check_expansion, damage_as_refusal
 
 # What training scripts keep under other names: averaged weights first, as timm and deit do.
-_STATES = (
-    *("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema"),
-    *("state_dict", "model_state_dict", "model"),
-)
+_AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema")
+_STATES = (*_AVERAGES, "state_dict", "model_state_dict", "model")
+_INSIDE = ("module", "state_dict")  # of an average that is kept with its decay
 # Modules may share their tensors, each then there under two names or three.
 _MAX_SHARING = 4
 # Pairs of pairs of pairs, each taken twice: to hash the outermost takes so many steps. Groups of an
@@ -41,6 +40,7 @@ def read_torch(path: Path) -> Weights:
     with damage_as_refusal(path, "a torch checkpoint"):
         if not isinstance(saved, Mapping):
             raise ExportError(f"{path.name}: holds a {type(saved).__name__}, not a state dict")
+        saved = {**saved, **_unwrapped(saved)}
         known = [key for key in _STATES if isinstance(saved.get(key), Mapping)]
         # An average may also be kept as numbers and a list, which say nothing of names.
         whole = [key for key in known if _is_state(saved[key])]
@@ -48,7 +48,8 @@ def read_torch(path: Path) -> Weights:
         is_state = any(isinstance(found, Tensor) for found in saved.values())
         if not whole and not is_state and len(unknown) == 1:  # whatever people call it
             whole = unknown
-        taken, *others = whole or known[:1] or [""]
+        taken = next(iter(whole or known), "")
+        others = [key for key in known if key != taken and saved[key]]
         state = saved[taken] if taken else saved
         for name, tensor in state.items():
             if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
@@ -64,6 +65,16 @@ def read_torch(path: Path) -> Weights:
             state=_told(str(taken), others),
             arguments=_arguments(saved.get("args")),
         )
+
+
+def _unwrapped(saved: Mapping[object, object]) -> dict[object, object]:
+    """Return the averages of which the state is one of several things that are kept."""
+    return {
+        name: found[inside]
+        for name in _AVERAGES
+        for inside in _INSIDE
+        if isinstance(found := saved.get(name), Mapping) and _is_state(found.get(inside))
+    }
 
 
 def _told(taken: str, others: list[str]) -> str:

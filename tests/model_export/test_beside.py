@@ -80,3 +80,34 @@ def test_what_is_left_aside_is_named(
     convert(tmp_path / "net.ckpt", 5)
     said = "left aside 4 tensors that are no part of the model: loss.a, loss.b, loss.c, …\n"
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "average",
+    [
+        lambda state: {"module": state, "decay": 0.9999, "updates": 3},
+        lambda state: {"state_dict": _below("module", state), "decay": torch.tensor(0.9999)},
+    ],
+)
+def test_average_that_is_kept_with_its_decay(
+    average: Callable[[dict[str, Tensor]], dict[str, object]],
+    plain: dict[str, Tensor],
+    tmp_path: Path,
+) -> None:
+    """Averaged weights are taken from inside what else is kept of the average."""
+    raw = {name: tensor + 1 for name, tensor in plain.items()}
+    for number, kept in enumerate(({"model": raw, "ema": average(plain)}, {"ema": average(plain)})):
+        torch.save(kept, tmp_path / f"{number}.pth")
+        found = tensors.weights(tmp_path / f"{number}.pth")
+        assert found.state == ("" if number else "ema; left aside: model")
+        assert all(torch.equal(found.tensors[name], plain[name]) for name in plain)
+
+
+def test_average_that_cannot_be_read_is_named(
+    plain: dict[str, Tensor], tmp_path: Path, convert: Convert, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The report says that raw weights were taken where the averaged ones have no names."""
+    average = {"decay": 0.999, "shadow_params": list(plain.values())}
+    torch.save({"model": plain, "ema": average}, tmp_path / "averager.pth")
+    convert(tmp_path / "averager.pth", 5)
+    assert "weights    model; left aside: ema\n" in capsys.readouterr().out
