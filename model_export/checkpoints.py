@@ -38,8 +38,8 @@ def load(
 
     Raises:
         ExportError: it is missing, a web address, damaged, hostile, no Mixer (the message names the
-            tensor), not the file that `sha256` pins, has a head of zeros that was not allowed, or
-            normalises by layers of its own, unless `is_mean_given`: the user says mean and std.
+            tensor), not the file that `sha256` pins, has no head or one of zeros that was not
+            allowed, or normalises by layers of its own, unless `is_mean_given`: the user says how.
     """
     if "://" in source:
         raise ExportError(f"{source}: download the file, or give hf-hub:owner/name")
@@ -57,6 +57,11 @@ def load(
         known = weights.name in hub.WEIGHTS and config.is_file()
         checkpoint = _timm(weights, config if known else None, weights.name, sha256)
     if not allow_zero_head and not checkpoint.model.head.weight.any():
+        if checkpoint.model.config.classes == 1:  # as it was read where there is none
+            raise ExportError(
+                f"{source}: has no head (num_classes 0), so it has no answer to give; mixer-train "
+                "--init trains one, mixer-train adapt solves for one"
+            )
         raise ExportError(
             f"{source}: the head is all zeros, so this is a pre-training checkpoint that gives "
             "every image the same answer; --allow-zero-head exports it all the same"

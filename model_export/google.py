@@ -62,7 +62,7 @@ def _config(tensors: Tensors, naming: Naming) -> MixerConfig:
         hidden=hidden,
         token_mlp=token[-1],
         channel_mlp=channel[-1],
-        classes=naming.dimensions(tensors, "head.weight", "(C, classes)")[1],
+        classes=naming.classes(tensors, "(C, classes)"),
         gelu="tanh",
     )
 

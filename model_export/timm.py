@@ -184,7 +184,7 @@ def _config(kind: type[Mixer], tensors: Tensors) -> MixerConfig:
         hidden=hidden,
         token_mlp=token[0] if mixes_by_mlp else 0,
         channel_mlp=fc1[0],
-        classes=_NAMING.dimensions(tensors, "head.weight", "(classes, C)")[0],
+        classes=_NAMING.classes(tensors, "(classes, C)"),
         gelu="erf",
     )
 

@@ -67,6 +67,21 @@ class Naming:
             )
         return side * patch_size
 
+    def has_head(self, tensors: Tensors) -> bool:
+        """Tell whether `tensors` have any part of a head; timm's with num_classes 0 have none."""
+        return not tensors.keys().isdisjoint(map(self.theirs, ("head.weight", "head.bias")))
+
+    def classes(self, tensors: Tensors, axes: str) -> int:
+        """Count the classes of the head; one where there is no head.
+
+        Raises:
+            ExportError: half of the head is missing or has another number of axes.
+        """
+        if not self.has_head(tensors):
+            return 1
+        shape = self.dimensions(tensors, "head.weight", axes)
+        return shape[axes.strip("()").split(", ").index("classes")]
+
     def blocks(self, tensors: Tensors) -> int:
         """Count the blocks that `tensors` have any part of."""
         marker = re.escape(self.theirs("blocks.999.norm1.bias")).split("999")[0]
@@ -76,12 +91,18 @@ class Naming:
 def pour(kind: type[Mixer], config: MixerConfig, tensors: Tensors, naming: Naming) -> Mixer:
     """Build a `kind` of `config` from `tensors`; every tensor must be used, in its exact shape.
 
+    A head that they lack altogether is one of zeros.
+
     Raises:
         ExportError: a tensor is missing, foreign, of another shape or type, or not finite.
     """
     with torch.device("meta"):
         model = kind(config)
     rest = dict(tensors)
+    if not naming.has_head(tensors):
+        for name, parameter in model.head.named_parameters(prefix="head"):
+            shape = naming.their_shape(name, tuple(parameter.shape), config)
+            rest[naming.theirs(name)] = torch.zeros(shape)
     state = {}
     for name, parameter in model.named_parameters():
         theirs = naming.theirs(name)
