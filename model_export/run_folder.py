@@ -119,10 +119,17 @@ class RunFolder:
 
     def _replace(self, name: str, fill: Callable[[BinaryIO], object]) -> None:
         draft = self.path / f".{name}.draft"
-        with draft.open("wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with draft.open("wb") as file:
+                fill(file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            # Where a write fails, torch still ends its archive, and complains of that instead.
+            reason = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(reason, OSError):
+                raise
+            raise OSError(reason.errno, reason.strerror, str(self.path / name)) from None
         draft.replace(self.path / name)
 
 
