@@ -110,6 +110,13 @@ def walk(path: Path) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
         raise ExportError(f"{path}: not a readable folder or tar ({first_line(error)})") from error
 
 
+def oversized(path: Path, names: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Yield name and size of the files that no picture is as large as; a folder may hold videos."""
+    if path.is_dir():  # in a tar they are refused
+        sizes = ((name, (path / name).stat().st_size) for name in names)
+        yield from ((name, size) for name, size in sizes if size > _LARGEST_BYTES)
+
+
 def read(path: Path, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of the files in `names`; a tar is read once, from front to end."""
     if path.is_dir():

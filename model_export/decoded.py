@@ -17,14 +17,14 @@ from tqdm import tqdm
 from app.errors import Problem
 from app.images import decode
 from app.model_card import Preprocessing
-from model_export.dataset import Listing, read
+from model_export.dataset import Listing, oversized, read
 from model_export.errors import ExportError
 from model_export.pictures import MAX_PIXELS
 
 # Above this, decoded pictures lie in a file that the system pages in and out: 2 GiB leave room on
 # an 8 GiB machine and hold 14,000 pictures of 224 px, or all of CIFAR-10 eleven times.
 MEMORY_BYTES = 2 << 30
-_READ_AHEAD = 256  # encoded pictures in memory at once
+_READ_AHEAD = 32  # encoded pictures in memory at once, or two for each thread
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,12 @@ def load(
         for part, array, how in zip(names, arrays, (train, test), strict=True)
         for row, (name, _) in enumerate(part)
     }
-    skipped = []
+    skipped = [
+        Skipped(name, f"has {size} bytes, more than any picture")
+        for name, size in oversized(listing.path, plan)
+    ]
+    for large in skipped:
+        del plan[large.name]
 
     def place(name: str, data: bytes) -> Skipped | None:
         array, row, how = plan[name]
@@ -87,9 +92,10 @@ def load(
         tqdm(total=len(plan), desc="decoding", unit="img", leave=False, disable=None) as bar,
     ):
         contents = read(listing.path, plan)
-        while chunk := list(islice(contents, _READ_AHEAD)):
+        while chunk := list(islice(contents, max(_READ_AHEAD, 2 * threads))):
             skipped += [bad for bad in pool.map(place, *zip(*chunk, strict=True)) if bad]
             bar.update(len(chunk))
+            del chunk  # before the next one is read
     bad = {one.name for one in skipped}
     pictures = [_keep(array, part, bad) for array, part in zip(arrays, names, strict=True)]
     filled = set(pictures[0].labels.tolist())
