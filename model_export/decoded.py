@@ -3,6 +3,8 @@
 Nothing here needs torch.
 """
 
+import errno
+import os
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -115,13 +117,21 @@ def _allocate(count: int, side: int, scratch: Path) -> NDArray[np.uint8]:
     shape, size = (count, side, side, 3), count * side * side * 3
     if size <= MEMORY_BYTES:
         return np.empty(shape, np.uint8)
+    too_large = (
+        f"the decoded pictures take {size / 1e9:.1f} GB, more than memory may hold "
+        f"({MEMORY_BYTES / 1e9:.1f} GB) and more than the disk of {scratch} has free"
+    )
     if size > shutil.disk_usage(scratch).free:
-        raise ExportError(
-            f"the decoded pictures take {size / 1e9:.1f} GB, more than memory may hold "
-            f"({MEMORY_BYTES / 1e9:.1f} GB) and more than the disk of {scratch} has free"
-        )
+        raise ExportError(too_large)
     with tempfile.TemporaryFile(dir=scratch) as file:  # gone with the process, even a killed one
         file.truncate(size)
+        # A hole that finds no room when it is written to ends the process by a signal.
+        try:
+            if hasattr(os, "posix_fallocate"):  # macOS has no such call
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:  # or a file system cannot
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ExportError(too_large) from error
         return np.memmap(file, np.uint8, "r+", shape=shape)
 
 
