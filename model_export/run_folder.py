@@ -7,6 +7,7 @@
     metrics.csv         one line per epoch
     skipped.txt         files that were no readable pictures
     curves.png, confusion.png, model_card.md
+    .lock               locked while a run is at work; it stays behind, and locks nothing by itself
 
 Each file is written beside its place and moved there, so that a reader sees the old or the new one.
 """
@@ -16,6 +17,7 @@ import io
 import json
 import os
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,6 +30,11 @@ from app.model_card import Preprocessing
 from model_export import hub, timm
 from model_export.errors import ExportError
 from model_export.mixer import Mixer
+
+try:
+    import fcntl
+except ImportError:  # a system that has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 STATE = "state.pt"
 RECIPE = "recipe.toml"
@@ -42,7 +49,8 @@ class RunFolder:
         resume: whether a run must be there already, or must not.
 
     Raises:
-        ExportError: there is a run and `resume` is false, or the other way round; or another model.
+        ExportError: there is a run and `resume` is false, or the other way round; another model; or
+            another run is at work there.
     """
 
     def __init__(self, path: Path, *, resume: bool) -> None:
@@ -60,6 +68,7 @@ class RunFolder:
                 "overwrite it; choose another -o"
             )
         path.mkdir(parents=True, exist_ok=True)
+        weakref.finalize(self, os.close, _locked(path))  # by its end, or that of the process
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write tensors and plain values; on return they are on the disk."""
@@ -131,6 +140,22 @@ class RunFolder:
                 raise
             raise OSError(reason.errno, reason.strerror, str(self.path / name)) from None
         draft.replace(self.path / name)
+
+
+def _locked(path: Path) -> int:
+    """Return the descriptor of the folder's lock: while it is open nobody else gets it."""
+    lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise ExportError(
+            f"{path}: another run is at work there; wait until it ends, or choose another -o"
+        ) from error
+    except OSError:
+        pass  # a file system without locks: then two runs are the user's to keep apart
+    return lock
 
 
 def _of_another(path: Path) -> str | None:

@@ -19,7 +19,7 @@ from .train_data import CLASSES, write_images
 @pytest.fixture(params=["timm_mixer_tiny", "timm_resmlp_tiny", "google_tiny.npz"])
 def headless(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Return a tiny model, timm's or Google's, that has no head."""
-    source = FIXTURES / request.param
+    source = FIXTURES / str(request.param)
     if source.suffix == ".npz":
         with np.load(source) as file:
             arrays = {name: array for name, array in file.items() if "head/" not in name}

@@ -1,12 +1,16 @@
 """What the folder of a run survives: a full disk, and whoever else is at work there."""
 
+import errno
+import fcntl
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from model_export import cli, train_model, trainer
 from model_export.train import main
 
 from .train_data import MILD, QUICK, write_images
@@ -38,3 +42,44 @@ def test_full_disk_is_one_line(
     with files_of_at_most(700_000):
         assert main([str(images), "-o", str(run), *QUICK, *MILD, *large]) == 1
     assert capsys.readouterr().err == f"mixer-train: [Errno 27] File too large: '{run}/state.pt'\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "flags"),
+    [(train_model, "build", [*QUICK, *MILD]), (trainer.Trainer, "take_step", ["--resume"])],
+)
+def test_two_runs_in_one_folder(
+    module: object,
+    name: str,
+    flags: list[str],
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """While a run is at work another is refused in its folder, with a state there and without."""
+    run, work = str(tmp_path / "run"), getattr(module, name)
+    codes: list[int | None] = []
+
+    def meanwhile(*arguments: object) -> object:
+        if not codes:
+            codes.append(None)  # else the second one would begin a third
+            codes[0] = main([str(images), "-o", run, *flags])
+        return work(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, meanwhile)
+        assert main([str(images), "-o", run, *QUICK, *MILD]) == 0
+    assert codes == [1]
+    said = f"mixer-train: {run}: another run is at work there; wait until it ends, or choose"
+    assert said in capsys.readouterr().err
+    assert main([str(images), "-o", run, "--resume", "--no-compile", "--threads", "1"]) == 0
+    assert cli.main(["convert", run, "-o", str(tmp_path / "m.onnx")]) == 0
+
+
+def test_file_system_without_locks(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing can be locked a run goes on all the same."""
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks")))
+    assert main([str(images), "-o", str(tmp_path / "run"), *QUICK, *MILD]) == 0
