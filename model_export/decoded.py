@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -110,6 +111,25 @@ def load(
                 f"({first.name}: {first.reason})"
             )
     return pictures[0], pictures[1], skipped
+
+
+def check_skipped(before: Collection[str], now: Collection[Skipped]) -> None:
+    """See whether the files that are no readable pictures are those of `before`.
+
+    Raises:
+        ExportError: one can be read by now, or no longer; the run would go on with other pictures.
+    """
+    names = {one.name for one in now}
+    for name in sorted(names.symmetric_difference(before)):
+        change = (
+            "began with a picture that cannot be read any longer"
+            if name in names
+            else "skipped a file that can be read by now"
+        )
+        raise ExportError(
+            f"--resume: the run {change}, {name}; put the old one back, or start another run with "
+            "another -o"
+        )
 
 
 def _allocate(count: int, side: int, scratch: Path) -> NDArray[np.uint8]:

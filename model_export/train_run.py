@@ -71,7 +71,8 @@ def train(request: Request) -> int | None:
         _check_same(request, listing, state, bfloat16=multiplies_bfloat16(device))
         kept = checkpoints.load(str(request.output), allow_zero_head=True)
         model, preprocessing = kept.model.train(), kept.preprocessing
-    pictures = _decode(request, listing, rules, preprocessing, folder)
+    skipped = (state or {}).get("skipped")  # states of older versions do not tell
+    pictures = _decode(request, listing, rules, preprocessing, folder, skipped)
     trainer = Trainer(rules, model, preprocessing, *pictures[:2], device, request.compile)
     if state is not None:
         trainer.restore(state["trainer"])
@@ -79,18 +80,14 @@ def train(request: Request) -> int | None:
     facts = {
         "recipe": recipe.to_toml(rules),
         "data": listing.digest(),
+        "skipped": [one.name for one in pictures[2]],
         "val_split": share,
         "threads": request.threads,
         "compile": request.compile,
         "bfloat16": trainer.update.bfloat16,
     }
     about = train_report.About(
-        request.data.name,
-        listing.classes,
-        len(pictures[0]),
-        len(pictures[1]),
-        pictures[2],
-        share,
+        request.data.name, listing.classes, len(pictures[0]), len(pictures[1]), pictures[2], share
     )
     try:
         return _loop(trainer, folder, facts, about)
@@ -199,6 +196,7 @@ def _decode(
     rules: Recipe,
     preprocessing: Preprocessing,
     folder: RunFolder,
+    before: list[str] | None,
 ) -> tuple[Pictures, Pictures, list[Skipped]]:
     side = preprocessing.image_size
     stored = augment.stored_side(side, rules)
@@ -210,6 +208,8 @@ def _decode(
         folder.path,
         request.threads,
     )
+    if before is not None:
+        decoded.check_skipped(before, skipped)
     if skipped:
         lines = [f"{one.name}: {one.reason}" for one in skipped]
         folder.write("skipped.txt", "\n".join(lines) + "\n")

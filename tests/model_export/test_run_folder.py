@@ -3,17 +3,19 @@
 import errno
 import fcntl
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from model_export import cli, train_model, trainer
 from model_export.train import main
 
-from .train_data import MILD, QUICK, write_images
+from .train_data import MILD, QUICK, picture, write_images
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +85,37 @@ def test_file_system_without_locks(
     """Where nothing can be locked a run goes on all the same."""
     monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks")))
     assert main([str(images), "-o", str(tmp_path / "run"), *QUICK, *MILD]) == 0
+
+
+def test_other_pictures_can_be_read(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run does not go on where a skipped file was repaired, or a picture broke: it would differ.
+
+    States that do not tell what was skipped are gone on with.
+    """
+    data = Path(shutil.copytree(images, tmp_path / "data"))
+    odd, good = data / "train" / "red" / "000.png", data / "test" / "blue" / "001.png"
+    odd.write_bytes(b"no picture")
+    run, resume = tmp_path / "run", ["--resume", "--no-compile", "--threads", "1"]
+    assert main([str(data), "-o", str(run), *QUICK, *MILD]) == 0
+    assert main([str(data), "-o", str(run), *resume]) == 0
+    before = (run / "skipped.txt").read_text()
+    for path, said in (
+        (odd, "the run skipped a file that can be read by now, train/red/000.png; put the old"),
+        (good, "the run began with a picture that cannot be read any longer, test/blue/001.png;"),
+    ):
+        kept = path.read_bytes()
+        path.write_bytes(picture(0, 1) if path == odd else b"broken")
+        capsys.readouterr()
+        assert main([str(data), "-o", str(run), *resume]) == 1
+        told = capsys.readouterr().err
+        assert told.startswith(f"mixer-train: --resume: {said}")
+        assert told.count("\n") == 1
+        path.write_bytes(kept)
+    assert (run / "skipped.txt").read_text() == before
+    state = torch.load(run / "state.pt", weights_only=True)
+    assert state.pop("skipped") == ["train/red/000.png"]
+    torch.save(state, run / "state.pt")
+    odd.write_bytes(picture(0, 1))
+    assert main([str(data), "-o", str(run), *resume]) == 0
