@@ -62,6 +62,9 @@ class Access:
         self._metrics = metrics
         self._spans = spans
         known = [route for route in routes if isinstance(route, Route)]
+        for route in known:
+            if "POST" in (route.methods or ()):  # all of them classify
+                metrics.expect(route.path)
         self._paths = frozenset(route.path for route in known if "{" not in route.path)
         self._templates = [route for route in known if "{" in route.path]
 

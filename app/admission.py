@@ -6,13 +6,13 @@ given back whatever happens, so that no error leaks one. All of it runs on the e
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 from app.errors import DeadlineExceeded, QueueFull, TooManyImages
-from app.latency import LatencyTable
+from app.latency import LatencyTable, Took
 from app.settings import Settings
 
 # What is predicted is a middle; on a busy machine one in a hundred waits a third longer, and shall
@@ -94,9 +94,7 @@ class Admission:
             budget.close()
 
     @contextmanager
-    def answering(
-        self, images: int, expected_s: float, deadline: float
-    ) -> Iterator[Callable[[float], None]]:
+    def answering(self, images: int, expected_s: float, deadline: float) -> Iterator[Took]:
         """Count a long answer until it is put together; yield what takes in how long that took.
 
         It takes `expected_s` on a usual machine, a short one 0; here as long as the last ones did.
@@ -107,7 +105,7 @@ class Admission:
                 its budget or than the request has.
         """
         if not expected_s:
-            yield lambda _: None
+            yield _unheard
             return
         takes_s = self._latency.answer_s(self.answer_s + expected_s)
         most_s = _HEADROOM * min(self._settings.queue_budget_ms / 1000, deadline - time.monotonic())
@@ -217,6 +215,10 @@ class Admission:
 
     def _full(self, detail: str, reason: str) -> QueueFull:
         return QueueFull(*self._refusal(detail, reason))
+
+
+def _unheard(seconds: float, *, at_least: bool = False) -> None:
+    """Take in nothing, of what is made at once."""
 
 
 class BodyBudget:

@@ -6,7 +6,7 @@ the request for it 34 kB.
 
 import asyncio
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
@@ -14,6 +14,7 @@ from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
 from app.errors import DeadlineExceeded
+from app.latency import Took
 from app.service import Service
 from app.uploads import unless_gone
 
@@ -50,7 +51,7 @@ async def put_together(
     request: Request,
     deadline: float,
     extent: Extent,
-    took: Callable[[float], None],
+    took: Took,
     steps: Steps[Made],
 ) -> Made:
     """Return what `steps` make; where it takes long in a thread, one answer after the other.
@@ -77,7 +78,7 @@ async def put_together(
         wanted.clear()
 
 
-def _finish(wanted: list[Steps[Made]], took: Callable[[float], None]) -> Made:
+def _finish(wanted: list[Steps[Made]], took: Took) -> Made:
     """Return what the one that is wanted makes.
 
     Raises:
@@ -92,6 +93,7 @@ def _finish(wanted: list[Steps[Made]], took: Callable[[float], None]) -> Made:
             made: Made = done.value
             took(time.perf_counter() - start)
             return made
+        took(time.perf_counter() - start, at_least=True)
     raise asyncio.CancelledError
 
 

@@ -73,7 +73,8 @@ def open_session(
             disabled_optimizers=KEPT_APART,
         )
     except Exception as error:  # onnxruntime raises a class of its own for each status
-        raise GpuMissing(f"it cannot run {path} there ({reason(error)})") from error
+        hint = "; choose a larger MIXER_GPU_MEMORY_MIB" if is_over_limit(error) else ""
+        raise GpuMissing(f"it cannot run {path} there ({reason(error)}){hint}") from error
     if session.get_providers()[0] != wanted:
         raise GpuMissing(f"onnxruntime fell back to {session.get_providers()[0]}")
     if gpu.tensorrt and (left := nodes_elsewhere(session, wanted)):
@@ -145,7 +146,9 @@ def tensorrt_options(gpu: GpuOptions, path: Path, max_batch: int) -> dict[str, s
 def _input_shape(path: Path) -> tuple[int, int]:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # nothing is run
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     _, tokens, patch_bytes = session.get_inputs()[0].shape
     return tokens, patch_bytes
 

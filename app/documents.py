@@ -34,8 +34,10 @@ _LONG = b"0" * (MAX_DIGITS + 1)
 _DIGITS_ALIKE = bytes.maketrans(b"123456789", b"000000000")
 _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=-_\\"
 # Base64 needs none, but .NET escapes each plus sign of it: some 300,000 in twenty MiB. Nothing but
-# escapes, 3.5 million, would hold the GIL for a third of a second.
+# escapes, 3.5 million, would hold the GIL for a third of a second. Short ones cost a tenth of that:
+# PHP escapes each slash, and where base64 has lines each end of one takes two.
 MAX_ESCAPES = 400_000
+MAX_BACKSLASHES = 1_500_000
 # While a document is read its text is there up to three times over: one document at a time.
 _READER = ThreadPoolExecutor(1, "mixer-document")
 _LINE_BREAKS_AND_SPACES = b" \t\r\n\f\v"
@@ -173,8 +175,8 @@ def parse_document(body: bytes | memoryview, kind: type[Document]) -> Document:
     text = bytes(body)
     if sum(map(text.count, (b",", b"[", b"{"))) > MAX_MEMBERS:  # none of them is in base64
         raise InvalidParameter(f"body: more than {MAX_MEMBERS:,} members.")
-    if text.count(b"\\") > MAX_ESCAPES:
-        raise InvalidParameter(f"body: more than {MAX_ESCAPES:,} escaped letters.")
+    if text.count(b"\\u") > MAX_ESCAPES or text.count(b"\\") > MAX_BACKSLASHES:
+        raise InvalidParameter("body: more escaped letters than a picture has.")
     if _has_long_number(text):
         raise InvalidParameter(f"body: a number of more than {MAX_DIGITS} digits.")
     try:

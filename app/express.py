@@ -209,7 +209,8 @@ class Express:
         except Problem as problem:
             self.fail(problem)
         except Exception:
-            logger.exception("a bug, answered with 500")
+            extra = {"request_id": self._trace.request_id}  # no context has it here
+            logger.exception("a bug, answered with 500", extra=extra)
             self.fail(Fault())
 
     def _field(self, name: bytes) -> str:

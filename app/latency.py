@@ -8,6 +8,7 @@ import io
 import itertools
 import time
 from copy import copy
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -22,7 +23,14 @@ FRESHNESS = 0.2
 SURPRISE = 4.0
 # Without a batch for so long, or one of that size, what was measured last may no longer hold.
 RESTED_S = 1.0
+LONG_S = 2.0  # a warm-up does not go on to twice as many images: an orchestrator waits for it
 RELAX_S = 0.1  # between two looks at which sizes those are
+
+
+class Took(Protocol):
+    """Takes in how long something took, or `at_least`."""
+
+    def __call__(self, seconds: float, *, at_least: bool = False) -> None: ...  # noqa: D102 - above
 
 
 class LatencyTable:
@@ -80,8 +88,13 @@ class LatencyTable:
         """Take in the duration of one decode."""
         self._decode_s = _follow(self._decode_s or seconds, seconds)
 
-    def observe_answer(self, expected_s: float, seconds: float) -> None:
-        """Take in how long a long answer was put together; for one thread at a time."""
+    def observe_answer(self, expected_s: float, seconds: float, *, at_least: bool = False) -> None:
+        """Take in how long a long answer was put together; for one thread at a time.
+
+        One that was given up tells something only if it has taken longer than was expected.
+        """
+        if at_least and seconds <= self.answer_s(expected_s):
+            return
         seconds = min(seconds, SURPRISE * self.answer_s(expected_s))
         taken_s, before_s = self._answers
         self._answers = (
@@ -183,6 +196,12 @@ def warm_up(engine: Engine, max_batch: int, latency: LatencyTable) -> None:
             engine.run(patches)
         except Exception as error:  # onnxruntime raises a class of its own for each status
             raise too_large(images, engine.provider, error) from error
-        latency.observe_batch(images, time.perf_counter() - start)
+        took_s = time.perf_counter() - start
+        latency.observe_batch(images, took_s)
+        if (
+            took_s > LONG_S and images < max_batch
+        ):  # on a CPU, where twice as many take twice as long
+            latency.observe_batch(max_batch, took_s * max_batch / images)
+            break
         size *= 2
     latency.stay_calm()

@@ -59,7 +59,13 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     )
     logger.info("warming up with batches of up to %d", settings.max_batch)  # it may take minutes
     warm_up(engine, settings.max_batch, latency)
-    measures.show_model(engine.card, engine.provider)
+    if latency.service_s(1) * 1000 > settings.request_timeout_ms:
+        logger.warning(
+            "one image takes %.0f ms here, MIXER_REQUEST_TIMEOUT_MS=%d: most will be refused (504)",
+            latency.service_s(1) * 1000,
+            settings.request_timeout_ms,
+        )
+    measures.show_model(engine.card, engine.provider, version("mixer-serve"))
     described = model.model_info(engine.card, engine.provider)
 
     @asynccontextmanager

@@ -31,6 +31,23 @@ _RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 _REFUSALS = frozenset({401, 408, 413, 429, 431, 503, 504})
 # Of these, the ones that took what a request takes.
 _WAITED = frozenset({408, 504})
+# Prometheus sees no rise in a series whose first value is 500, so these are born at 0: the usual
+# answers where images are classified, the reasons why not, and what becomes of images.
+_ANSWERS = (
+    ("200", "ok"),
+    ("429", "queue-full"),
+    ("500", "inference-failed"),
+    ("503", "not-ready"),
+    ("504", "deadline-exceeded"),
+)
+_REASONS = (
+    *("queue-budget", "queue-size", "requests", "bytes", "deadline", "answers"),
+    *("not-ready", "deadline-exceeded"),
+)
+_OUTCOMES = (
+    *("ok", "corrupt-image", "client-gone", "deadline-exceeded"),
+    *("inference-failed", "decoding-failed", "not-ready", "bug"),
+)
 # Between two scrapes, each of which takes the event loop some milliseconds.
 _REST_S = 0.1
 # The route of what never became a request: when it began nobody has noted.
@@ -50,7 +67,11 @@ class Metrics:
             "requests", "Answers, by route, status and outcome", "route", "status", "outcome"
         )
         self._refusals = self._counter("refusals", "Requests refused, by reason", "reason")
+        for reason in _REASONS:
+            self._refusals.add(0, reason)
         self._images = self._counter("images", "Images, by outcome", "outcome")
+        for outcome in _OUTCOMES:
+            self._images.add(0, outcome)
         self._received = self._counter("received_bytes", "Bytes of bodies received")
         self._request_s = self._histogram(
             "request_seconds",
@@ -82,6 +103,11 @@ class Metrics:
         self._ratio = self._histogram(
             "actual_to_predicted_ratio", "Actual over predicted time; 1 is a perfect one", _RATIOS
         )
+
+    def expect(self, route: str) -> None:
+        """Show the usual answers of a route where images are classified, before there is any."""
+        for status, outcome in _ANSWERS:
+            self._requests.add(0, route, status, outcome)
 
     def finish_request(self, trace: Trace, route: str, status: int, seconds: float) -> None:
         """Count one answered request; `route` is a template of ours, never a client's path."""
@@ -122,15 +148,16 @@ class Metrics:
         """Show `mixer_{name}`, read anew at each scrape."""
         Gauge(f"mixer_{name}", text, registry=self._registry).set_function(read)
 
-    def show_model(self, card: ModelCard, provider: str) -> None:
-        """Show which model is served, and where it runs."""
+    def show_model(self, card: ModelCard, provider: str, service: str) -> None:
+        """Show which model is served, where it runs, and the version of the service."""
         info = Gauge(
             "mixer_model_info",
             "The model that is served, always 1",
-            ("name", "version", "variant", "precision", "provider"),
+            ("name", "version", "variant", "precision", "provider", "service"),
             registry=self._registry,
         )
-        info.labels(card.name, card.version, card.variant, card.precision, provider).set(1)
+        labels = (card.name, card.version, card.variant, card.precision, provider, service)
+        info.labels(*labels).set(1)
 
     async def scrape(self) -> bytes:
         """Return everything in Prometheus' text format 0.0.4, as it is after the call.

@@ -25,6 +25,7 @@ class Service:
     spans: Spans | None  # where they are exported
     model_info: bytes  # the answer of GET /model
     draining: bool = False  # told to stop: still serving, but no longer ready
+    was_working: bool = True  # engine and decoders, when readiness was asked for last
     turns: Turns = field(default_factory=Turns)  # of bodies that are slow to read
 
     @property

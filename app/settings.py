@@ -86,8 +86,8 @@ class Settings(BaseModel):
         ge=1,
         le=3_600_000,
         description="longest wait; from a predicted 0.7 of it on requests are refused with 429, "
-        "since a client that waits a second is better off at another replica; of what waits for "
-        "the engine four batches are always taken",
+        "since a client that waits a second is better off at another replica; four batches are "
+        "taken however long the engine needs for them, if their decoding fits",
     )
     request_timeout_ms: int = Field(
         default=10_000,
@@ -125,13 +125,17 @@ class Settings(BaseModel):
         default=50_000_000,
         ge=1,
         le=2**31,
-        description="pixels of one image, by its header: up to 12 bytes each while it is decoded",
+        description="pixels of one image, by its header: up to 12 bytes each while it is decoded; "
+        "16 million of a WebP, and whatever takes over 1.9 s of CPU is refused anyway",
     )
     header_timeout_s: float = Field(
         default=10, ge=0.1, le=3600, description="time for a request's headers, then 408"
     )
     body_timeout_s: float = Field(
-        default=30, ge=0.1, le=3600, description="time for a request's body, then 408"
+        default=30,
+        ge=0.1,
+        le=3600,
+        description="time for a request's body, then 408; and for a client to read a long answer",
     )
     keep_alive_s: float = Field(
         default=75,
@@ -212,7 +216,27 @@ def read_settings(
             f"{PREFIX}MAX_BYTES_IN_FLIGHT={settings.max_bytes_in_flight}, or such an upload could "
             "never be taken"
         )
+    _check_gpu(settings, shown)
     return settings
+
+
+def _check_gpu(settings: Settings, shown: Mapping[str, str]) -> None:
+    """Raise StartupError where a setting of the GPU's would be passed over, now or in silence."""
+    device = f"{PREFIX}DEVICE={settings.device}"
+    if settings.gpu_memory_mib and settings.device == "cpu":
+        raise StartupError(f"{shown['gpu_memory_mib']}: it means nothing with {device}")
+    cache = settings.tensorrt_cache
+    if cache is None:
+        return
+    if settings.device != "tensorrt":
+        raise StartupError(f"{shown['tensorrt_cache']}: it means nothing with {device}")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        is_writable = os.access(cache, os.W_OK | os.X_OK)
+    except OSError:
+        is_writable = False
+    if not is_writable:  # TensorRT would say nothing, and build its engine anew at each start
+        raise StartupError(f"{shown['tensorrt_cache']}: it must be a folder that can be written")
 
 
 def _flag(name: str) -> str:

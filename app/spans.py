@@ -138,10 +138,6 @@ def exporter() -> Spans | None:
         return None
     if os.environ.get("OTEL_TRACES_EXPORTER", "") == "none":
         return None
-    for name in _ENDPOINTS:
-        address = os.environ.get(name, "")
-        if address and not address.startswith(("http://", "https://")):
-            raise StartupError(f"{name}={address}: a URL that begins with http:// or https://")
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import SERVICE_NAME, Resource
@@ -158,4 +154,10 @@ def exporter() -> Spans | None:
         return None
     except ValueError as error:  # some are read as soon as the SDK is imported
         raise StartupError(f"OTEL_… variables: {error}") from error
+    name = next(name for name in reversed(_ENDPOINTS) if os.environ.get(name))  # it goes first
+    address = os.environ[name]
+    if not address.lower().startswith(("http://", "https://")):
+        raise StartupError(
+            f"{name}={address}: it must be a URL that begins with http:// or https://"
+        )
     return Spans(processor, sampler, resource)

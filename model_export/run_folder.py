@@ -144,7 +144,11 @@ class RunFolder:
 
 def _locked(path: Path) -> int:
     """Return the descriptor of the folder's lock: while it is open nobody else gets it."""
-    lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    place = path / ".lock"
+    try:
+        lock = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:  # another user's: to read it is enough
+        lock = os.open(place, os.O_RDONLY)
     try:
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -38,7 +38,7 @@ def _images(path: str) -> Iterator[Path]:
         # Of a whole tree the names decide, as of a folder.
         is_tree = place.name == "**"
         for match in sorted(glob.glob(path, recursive=True)):  # noqa: PTH207 - Path.glob takes no absolute pattern
-            if is_tree and Path(match).suffix.lower() not in SUFFIXES:
+            if is_tree and Path(match).is_file() and Path(match).suffix.lower() not in SUFFIXES:
                 continue
             # A link to nowhere is found by its name: that one image fails, not the run.
             yield from _images(match) if Path(match).exists() else [Path(match)]

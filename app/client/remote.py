@@ -55,8 +55,10 @@ class RemoteClassifier:
     def __init__(
         self, url: str, top_k: int, concurrency: int, retries: int, key: str | None
     ) -> None:
-        # Not as a bearer's: what the URL has for a proxy in front goes into that header.
-        headers = {} if key is None else {b"X-API-Key": key.encode()}
+        headers = {}
+        if key is not None:
+            # For a gateway that looks there; user and password of a URL would go there, too.
+            headers = {b"Authorization": f"Bearer {key}".encode(), b"X-API-Key": key.encode()}
         self._has_key = key is not None
         self._url = _USER.sub("//", url)
         self.concurrency = concurrency

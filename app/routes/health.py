@@ -1,5 +1,7 @@
 """`GET /livez` and `GET /readyz`: is the process well, may the balancer send it requests."""
 
+import logging
+
 from fastapi import APIRouter, Request
 
 from app.errors import NotReady
@@ -8,6 +10,10 @@ from app.schemas import Status
 from app.service import Service
 
 router = APIRouter(tags=["health"])
+logger = logging.getLogger(__name__)
+
+_FAILS = (logging.ERROR, "not ready: the engine or the decoders have failed too often")
+_WORKS_AGAIN = (logging.WARNING, "ready again: the engine and the decoders work")
 
 
 @router.get("/livez", responses=problems(503))
@@ -25,6 +31,10 @@ async def readyz(request: Request) -> Status:
     service: Service = request.app.state.service
     if service.draining:
         raise NotReady("Draining: this replica is about to stop.")
-    if not service.classifier.is_ready:
+    is_working = service.classifier.is_ready
+    if is_working != service.was_working:
+        service.was_working = is_working
+        logger.log(*(_WORKS_AGAIN if is_working else _FAILS))
+    if not is_working:
         raise NotReady("The engine or the decoders have failed too often.")
     return Status(status="ready")

@@ -1,5 +1,7 @@
 """The latency table: what was measured, and straight lines between."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -34,6 +36,18 @@ def test_between_what_was_measured(measured: list[tuple[int, float]]) -> None:
 
     found = [table.inference_s(images) for images in range(MAX_BATCH + 1)]
     assert found == pytest.approx(line.tolist())
+
+
+def test_long_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warm-up leaves out sizes that take long, and expects of them what is in proportion."""
+    monkeypatch.setattr("app.latency.LONG_S", 0.05)
+    table = LatencyTable(64, decode_threads=1)
+    engine = FakeEngine(seconds=0.1)
+    monkeypatch.setattr(engine, "run", Mock(wraps=engine.run))
+    warm_up(engine, 64, table)
+    assert [len(call.args[0]) for call in engine.run.call_args_list] == [1, 1]  # type: ignore[attr-defined] # of the mock
+    assert table.inference_s(64) == pytest.approx(64 * table.inference_s(1))
+    assert table.inference_s(32) == pytest.approx(32 * table.inference_s(1))
 
 
 def test_a_surprise_counts_as_four_times_what_was_expected() -> None:

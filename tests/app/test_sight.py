@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx2
@@ -164,6 +165,18 @@ class TestMetrics:
         [info] = [name for name in found if name.startswith("model_info")]
         assert "[name=fake]" in info
         assert "[provider=FakeExecutionProvider]" in info
+        assert f"[service={version('mixer-serve')}]" in info
+
+    def test_first_values(self, client: TestClient) -> None:
+        """What happens in a usual outage is shown as 0 before it does: a rise from 0 is seen."""
+        found = scrape(client)
+        for name in (
+            "requests_total[outcome=queue-full][route=/classify][status=429]",
+            "requests_total[outcome=inference-failed][route=/classify/batch][status=500]",
+            "refusals_total[reason=queue-budget]",
+            "images_total[outcome=inference-failed]",
+        ):
+            assert found[name] == 0
 
 
 class TestRequestId:

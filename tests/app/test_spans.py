@@ -190,4 +190,13 @@ def test_address_without_a_scheme() -> None:
     """A collector's address to which no span would ever go stops start-up, named with its value."""
     done = run_serve(OTEL_EXPORTER_OTLP_ENDPOINT="collector:4318")
     assert done.returncode == 1
-    assert "OTEL_EXPORTER_OTLP_ENDPOINT=collector:4318: a URL that begins" in done.stderr
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT=collector:4318: it must be a URL" in done.stderr
+
+
+def test_address_that_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address of traces goes before the one for everything, which may be for gRPC."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "HTTP://127.0.0.1:9/v1/traces")
+    spans = exporter()
+    assert spans is not None
+    spans.close(1)

@@ -65,8 +65,8 @@ def open_loops(bench: Bench, server: Server, rates: list[float]) -> Figures:
 def goodput(loads: dict[float, Figures], load: Callable[[float], Figures]) -> float:
     """Return the rate to which a server answers within the objective, 0 if it does at none.
 
-    Between the first rate of `loads` that it fails, and fails again, and the one before, halves are
-    tried by `load`.
+    Between the first rate of `loads` that it fails, and fails again, and the one before, or none at
+    all, halves are tried by `load`.
     """
     kept = 0.0
     for rate in sorted(loads):
@@ -76,7 +76,7 @@ def goodput(loads: dict[float, Figures], load: Callable[[float], Figures]) -> fl
     else:
         return kept
     failed = rate
-    for _ in range(HALVINGS if kept else 0):
+    for _ in range(HALVINGS):
         middle = (kept + failed) / 2
         if _is_within_objective(load(middle)):
             kept = middle

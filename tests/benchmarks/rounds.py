@@ -136,7 +136,7 @@ class Rounds:
             for name, bench in benches.items():
                 self._step(f"front end: {name}, round {number + 1}")
                 if OURS in self._plan.servers:
-                    ends[name] += self._visit(OURS, partial(self._front_end, bench))
+                    ends[name] += self._front_end(bench)
         return {
             "open": self._medians(visits),
             "front_end": {name: median(found) for name, found in ends.items() if found},
@@ -163,17 +163,19 @@ class Rounds:
             raise BenchmarkError("; ".join(self._left_out.values()))
         return {name: median(found) for name, found in visits.items() if found}
 
-    def _front_end(self, bench: Bench) -> Figures:
-        """Return, for one core and for two, what is served and what decoding alone would do."""
+    def _front_end(self, bench: Bench) -> list[Figures]:
+        """Return, for one core and for two, what is served and what decoding alone would do.
+
+        In a list, an empty one if the server breaks.
+        """
         cores = sorted(os.sched_getaffinity(0))
         found = {}
         for count in sorted({1, min(2, available_cpus())}):
             chosen = frozenset(cores[:count])
-            found[str(count)] = {
-                "served": front_end(bench, FRONT_END, chosen),
-                "decode": self._bare(bench, chosen)["decode"],
-            }
-        return found
+            decode = self._bare(bench, chosen)["decode"]
+            for served in self._visit(OURS, partial(front_end, bench, FRONT_END, chosen)):
+                found[str(count)] = {"served": served, "decode": decode}
+        return [] if OURS.name in self._left_out else [found]
 
     def _bare(self, bench: Bench, cores: frozenset[int] | None = None) -> Figures:
         command = [bench.environments[OURS.name] / "bin/python", "-m", "tests.benchmarks.bare"]

@@ -94,7 +94,7 @@ def test_server_that_breaks(
     }.items():
         monkeypatch.setattr(rounds, name, stand_in)
     monkeypatch.setattr(rounds.Rounds, "_bare", lambda *_: bare | {"decode": load})
-    monkeypatch.setattr(rounds.Rounds, "_front_end", lambda *_: {})
+    monkeypatch.setattr(rounds.Rounds, "_front_end", lambda *_: [{}])
     servers = [SERVERS[name] for name in ("mixer-serve", "mosec", "LitServe", "pytriton")]
     plan = rounds.Plan(servers, ["embedded"], tmp_path / "none", 2, 2, 1.0, (0.5, 1.0), "ours")
 

@@ -130,8 +130,9 @@ def test_goodput_is_the_highest_rate_within_the_objective() -> None:
     assert find(262, hiccup_at=100) == 250
     assert find(999, failed=10) == 400
     assert find(999, failed=11) == 0
-    assert find(99) == 0
-    assert asked == [100]
+    assert find(99) == 87.5
+    assert asked == [100, 50, 75, 87.5]
+    assert find(1) == 0
 
 
 def test_median_of_nested_figures() -> None:

@@ -91,6 +91,9 @@ def test_engine_that_stays_broken(fake: Start, figure: Figure, fault: str) -> No
         figure(f"not ready at once, not live after {not_live_s:.1f} s, healed in {ready_s:.1f} s")
         assert one(server.url, get("/livez")).status == 200
         assert one(server.url, post(make_image())).status == 200
+        told = server.log.read_text()
+    assert told.count("not ready: the engine or the decoders have failed too often") == 1
+    assert told.count("ready again: ") == 1
 
 
 def test_decoders_that_cannot_be_replaced(fake: Start, figure: Figure) -> None:

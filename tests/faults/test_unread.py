@@ -268,6 +268,10 @@ def test_answer_that_is_late() -> None:
     """An answer that comes too late, or to nobody, is given up between two images."""
     taken = 0
     durations: list[float] = []
+    given_up: list[float] = []
+
+    def took(seconds: float, *, at_least: bool = False) -> None:
+        (given_up if at_least else durations).append(seconds)
 
     async def never() -> Message:
         return await asyncio.Future()
@@ -287,9 +291,7 @@ def test_answer_that_is_late() -> None:
     async def ask(many: int, seconds: float, receive: Receive = never) -> int:
         request = Request({"type": "http"}, receive)
         extent = Extent(1000, 5, 1000)
-        return await put_together(
-            request, time.monotonic() + seconds, extent, durations.append, steps(many)
-        )
+        return await put_together(request, time.monotonic() + seconds, extent, took, steps(many))
 
     with pytest.raises(DeadlineExceeded):
         asyncio.run(ask(3000, 0.1))
@@ -300,7 +302,8 @@ def test_answer_that_is_late() -> None:
     assert asyncio.run(ask(3, 1)) == 3
     assert asyncio.run(ask(3, 0)) == 3  # the last second
     assert 6 < taken < 3000
-    assert len(durations) == 2  # given up ones tell nothing
+    assert len(durations) == 2
+    assert max(given_up) >= 0.1
     assert all(0.003 <= seconds < 1 for seconds in durations)
 
 
@@ -388,6 +391,12 @@ def test_long_answers_on_a_slow_machine() -> None:
         put_together(3)
     assert takes_two(0.11)
     assert not takes_two(0.13)
+    with admission.answering(1, 0.2, late) as took:
+        took(0.5, at_least=True)  # given up, after no more than is expected
+    assert takes_two(0.11)
+    with admission.answering(1, 0.2, late) as took:
+        took(0.9, at_least=True)
+    assert not takes_two(0.11)
     for _ in range(20):
         put_together(0.5)
     with admission.answering(1, 0, late) as took:  # a short one
