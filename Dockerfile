@@ -88,6 +88,7 @@ FROM serve AS gpu
 COPY --from=gpu-packages /opt/mixer /opt/mixer
 COPY --from=code /opt/mixer /opt/mixer
 COPY --from=code /src/model.onnx /models/model.onnx
+LABEL org.opencontainers.image.licenses="Apache-2.0 AND LicenseRef-NVIDIA"
 ENV MIXER_DEVICE=cuda \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility

@@ -35,6 +35,7 @@ MAX_OCCLUSIONS = 256
 BUSY_S = 0.1
 # The overlay's smallest side in pixels, for models that see stamps.
 OVERLAY_SIDE = 448
+NOISE = 0.01  # nats of log-probability that no cell need matter
 CHUNK = 16  # occluded copies held at once: 150 kB each at 224 px
 
 
@@ -173,9 +174,7 @@ def _overlay(
     task = Task(preprocessing=large, max_pixels=max_pixels, max_bytes=len(upload))
     with closing(DecoderLink(task)) as decoder:
         view = _unpatchify(decoder.decode(upload).patches, large)
-    heat = np.clip(explanation.importance, 0, None)
-    # The square root brings out what matters second most, as the eye expects of a picture.
-    heat = np.sqrt(heat / max(float(heat.max()), 1e-9)) * 255
+    heat = _heat(explanation, preprocessing.image_size)
     cell = explanation.cell_pixels * scale
     covered = (heat.shape[1] * cell, heat.shape[0] * cell)
     mask = (
@@ -188,6 +187,19 @@ def _overlay(
     buffer = io.BytesIO()
     Image.composite(view, veil, mask).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _heat(explanation: Explanation, image_size: int) -> NDArray[np.float64]:
+    """Return how bright each cell is, 0 to 255: [rows, columns] as `importance` has them."""
+    importance = explanation.importance.copy()
+    # A last cell that is cut hides less than the others: what it would matter at their size counts.
+    cut = explanation.cell_pixels / (image_size - (len(importance) - 1) * explanation.cell_pixels)
+    importance[-1] *= cut
+    importance[:, -1] *= cut
+    # Nothing is bright where all that any cell moves is noise, or speaks against the label.
+    largest = max(float(np.abs(importance).max()), NOISE)
+    # The square root brings out what matters second most, as the eye expects of a picture.
+    return np.sqrt(np.clip(importance, 0, None) / largest) * 255
 
 
 def _unpatchify(patches: NDArray[np.uint8], preprocessing: Preprocessing) -> Image.Image:

@@ -30,9 +30,13 @@ class Head:
 def fit(features: NDArray[np.float32], labels: NDArray[np.int64], classes: int) -> Head:
     """Solve for the head that predicts one-hot targets best when one picture is left out.
 
-    With centred, whitened X = U·S·Vᵀ, the fit is H·Y with H = 11ᵀ/n + U·(S²/(S²+λ))·Uᵀ, and leaving
-    out picture i moves its own prediction from f to y - (y - f) / (1 - H_ii): the intercept
-    included, exactly. The scale of the features is taken from all pictures.
+    Each class counts alike, however many pictures it has: picture i has the weight w_i = n /
+    (number of classes · pictures of its class). Else a head that never gives a rare label would be
+    the best one. In the paper's protocol, of as many pictures each, all weights are 1.
+
+    With X centred, whitened and its rows times √w, X = U·S·Vᵀ, the fit is H·Y with H = √w√wᵀ/n +
+    U·(S²/(S²+λ))·Uᵀ, and leaving out picture i moves its own prediction from f to y - (y - f) /
+    (1 - H_ii): the intercept included, exactly. Scale and weights are those of all pictures.
 
     A regression's outputs lie between 0 and 1, which softmax would turn into nearly equal scores:
     they are multiplied by the factor whose left-out predictions have the least cross entropy. It is
@@ -46,26 +50,31 @@ def fit(features: NDArray[np.float32], labels: NDArray[np.int64], classes: int) 
     """
     x = features.astype(np.float64)
     y = np.eye(classes)[labels]  # [n, classes]
-    mean, scale = x.mean(axis=0), x.std(axis=0)  # [C]
+    counts = y.sum(axis=0)  # [classes]
+    weights = len(x) / (np.count_nonzero(counts) * counts[labels])  # [n], of mean 1
+    root = np.sqrt(weights)[:, None]  # [n, 1]
+    mean = np.average(x, axis=0, weights=weights)  # [C]
+    scale = np.sqrt(np.average(np.square(x - mean), axis=0, weights=weights))  # [C]
     scale = np.where(scale > _FLAT, scale, np.inf)
-    u, s, vt = np.linalg.svd((x - mean) / scale, full_matrices=False)  # [n, r], [r], [r, C]
-    y_mean = y.mean(axis=0)  # [classes]
-    projected = u.T @ (y - y_mean)  # [r, classes]
+    u, s, vt = np.linalg.svd(root * (x - mean) / scale, full_matrices=False)  # [n, r], [r], [r, C]
+    y_mean = np.average(y, axis=0, weights=weights)  # [classes]
+    projected = u.T @ (root * (y - y_mean))  # [r, classes]
     best: tuple[float, float, Floats] | None = None
     for regulariser in _REGULARISERS:
         shrink = s**2 / (s**2 + regulariser)  # [r]
-        fitted = y_mean + u @ (shrink[:, None] * projected)  # [n, classes]
-        own = 1 / len(x) + (u**2) @ shrink  # [n], H_ii
+        fitted = y_mean + u @ (shrink[:, None] * projected) / root  # [n, classes]
+        own = weights / len(x) + (u**2) @ shrink  # [n], H_ii
         left_out = y - (y - fitted) / np.maximum(1 - own, 1e-12)[:, None]  # [n, classes]
-        error = float(np.square(y - left_out).mean())
+        error = float((weights[:, None] * np.square(y - left_out)).mean())
         if best is None or error < best[0]:
             best = error, float(regulariser), left_out
     assert best is not None
     _, regulariser, left_out = best
-    counts = y.sum(axis=0)  # [classes]
     sure = (counts + 1) / (counts + 2)  # [classes]
     targets = np.where(y > 0, sure, ((1 - sure) / (classes - 1))[labels][:, None])  # [n, classes]
-    sharpness = min(_SHARPNESS, key=lambda factor: _cross_entropy(factor * left_out, targets))
+    sharpness = min(
+        _SHARPNESS, key=lambda factor: _cross_entropy(factor * left_out, targets, weights)
+    )
     solved = (vt.T * (s / (s**2 + regulariser))) @ projected  # [C, classes]
     weight = solved / scale[:, None]  # [C, classes]
     bias = y_mean - mean @ weight  # [classes]
@@ -77,7 +86,7 @@ def fit(features: NDArray[np.float32], labels: NDArray[np.int64], classes: int) 
     )
 
 
-def _cross_entropy(logits: Floats, targets: Floats) -> float:
+def _cross_entropy(logits: Floats, targets: Floats, weights: Floats) -> float:
     shifted = logits - logits.max(axis=1, keepdims=True)  # [n, classes]
     log_sum = np.log(np.exp(shifted).sum(axis=1, keepdims=True))  # [n, 1]
-    return float((targets * (log_sum - shifted)).sum(axis=1).mean())
+    return float((weights * (targets * (log_sum - shifted)).sum(axis=1)).mean())

@@ -19,6 +19,8 @@ from starlette.testclient import TestClient
 
 from app.batcher import Batcher
 from app.entry import Entry
+from app.explain import Explanation, _heat
+from app.images import Picture
 from app.service import Service
 from tests.app.test_classify import problem
 from tests.conftest import Serve
@@ -303,3 +305,21 @@ def test_embedded_model(live: Server) -> None:
     assert found["cell_pixels"] in range(4, 33, 4)
     side = -(-32 // found["cell_pixels"])
     assert np.array(found["importance"]).shape == (side, side)
+
+
+def test_brightness() -> None:
+    """A cell is as bright as it would matter uncut; noise, and what speaks against, is dark."""
+
+    def heat(importance: list[list[float]]) -> list[list[int]]:
+        picture = Picture("PNG", 1, 1, np.zeros((1, 1), np.uint8))
+        found = Explanation(picture, 0, 1.0, np.array(importance), cell_pixels=64)
+        bright = _heat(found, image_size=160)  # two and a half cells
+        return [[round(cell) for cell in row] for row in bright]
+
+    assert heat([[0.8, 0.8, 0.4], [0.2, 0.8, 0.4], [0.4, 0.4, 0.2]]) == [
+        [255, 255, 255],
+        [128, 255, 255],
+        [255, 255, 255],
+    ]
+    assert max(map(max, heat([[0.0001] * 3] * 3))) < 60
+    assert max(map(max, heat([[-1.3] * 3, [0.002] * 3, [-1.0] * 3]))) < 20

@@ -241,20 +241,46 @@ def test_name_with_a_slash(
     assert "--name team/colors: expected no /" in capsys.readouterr().err
 
 
-def test_leave_one_out_is_exact() -> None:
+@pytest.mark.parametrize("counts", [(4, 4, 4), (7, 3, 2)])
+def test_leave_one_out_is_exact(counts: tuple[int, ...]) -> None:
     """Each closed-form prediction is that of a ridge regression without the picture."""
     rng = np.random.default_rng(0)
-    x, labels = rng.normal(size=(12, 5)).astype(np.float32), np.arange(12) % 3
+    x, labels = rng.normal(size=(12, 5)).astype(np.float32), np.repeat(np.arange(3), counts)
     head = ridge.fit(x, labels, 3)
-    whitened = x.astype(np.float64) / x.astype(np.float64).std(axis=0)
+    weights = 12 / (3 * np.array(counts))[labels]  # each class counts alike
+    whole = np.average(x.astype(np.float64), axis=0, weights=weights)
+    variance = np.average(np.square(x.astype(np.float64) - whole), axis=0, weights=weights)
+    whitened = x.astype(np.float64) / np.sqrt(variance)
     targets = np.eye(3)[labels]
     for i in range(12):
         rest = np.arange(12) != i
-        mean, offset = whitened[rest].mean(axis=0), targets[rest].mean(axis=0)
+        w = weights[rest]
+        mean = np.average(whitened[rest], axis=0, weights=w)
+        offset = np.average(targets[rest], axis=0, weights=w)
         a, b = whitened[rest] - mean, targets[rest] - offset
-        weight = np.linalg.solve(a.T @ a + head.regulariser * np.eye(5), a.T @ b)
+        weight = np.linalg.solve(
+            a.T @ (w[:, None] * a) + head.regulariser * np.eye(5), a.T @ (w[:, None] * b)
+        )
         expected = offset + (whitened[i] - mean) @ weight
         np.testing.assert_allclose(head.predictions[i], expected, atol=1e-6)
+
+
+def test_rare_class() -> None:
+    """A class of 10 pictures beside one of 490 is found as often as that one."""
+    rng = np.random.default_rng(0)
+
+    def pictures(counts: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        labels = np.repeat([0, 1], counts)
+        x = rng.normal(size=(len(labels), 32)).astype(np.float32)
+        x[:, 0] += 4 * labels  # the best that can be is 97.7 % of each
+        return x, labels
+
+    x, labels = pictures((490, 10))
+    head = ridge.fit(x, labels, 2)
+    fresh, truth = pictures((2000, 2000))
+    right = (fresh @ head.weight.T + head.bias).argmax(axis=1) == truth
+    assert right[:2000].mean() > 0.9
+    assert right[2000:].mean() > 0.85  # it was 0
 
 
 def test_more_channels_than_pictures_is_no_matter() -> None:
