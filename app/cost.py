@@ -52,16 +52,25 @@ class Upload(io.BytesIO):
 
 
 def check_webp_canvas(data: bytes, max_pixels: int) -> None:
-    """Refuse a WebP by its canvas (WebP container, section VP8X).
+    """Refuse a WebP by its canvas (RFC 9649: sections 2.5 and 2.7.1; RFC 6386, section 9.1).
 
-    Opening it would already make room for that canvas.
+    Opening it would already make room for that canvas, twice.
 
     Raises:
         TooManyPixels: more than `max_pixels`, or than a WebP may have.
     """
-    if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":
-        width, height = (1 + int.from_bytes(data[i : i + 3], "little") for i in (24, 27))
-        check_pixels(width, height, min(max_pixels, MAX_WEBP_PIXELS))
+    if data[:4] != b"RIFF" or len(data) < 30:
+        return
+    kind, start = data[8:16], int.from_bytes(data[20:30], "little")
+    if kind == b"WEBPVP8X":
+        sides = 1 + (start >> 32 & 0xFFFFFF), 1 + (start >> 56)
+    elif kind == b"WEBPVP8L":
+        sides = 1 + (start >> 8 & 0x3FFF), 1 + (start >> 22 & 0x3FFF)
+    elif kind == b"WEBPVP8 ":
+        sides = start >> 48 & 0x3FFF, start >> 64 & 0x3FFF
+    else:
+        return
+    check_pixels(*sides, min(max_pixels, MAX_WEBP_PIXELS))
 
 
 def check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:

@@ -125,9 +125,9 @@ class DecoderLink:
             NoDecoder: none can be had.
         """
         self.close()
-        asked = time.monotonic()
         try:
             self._link = nursery().new_link()
+            asked = time.monotonic()  # of the one that has just come, if it is new
             try:
                 hello = receive(self._link)
             except BlockingIOError:
@@ -142,3 +142,6 @@ class DecoderLink:
         except OSError as error:
             self.close()
             raise NoDecoder(f"No process that decodes can be started: {error}") from None
+        except MemoryError:
+            self.close()  # the process waits for its task: the next upload would be taken for that
+            raise

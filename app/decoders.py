@@ -16,6 +16,7 @@ from PIL import Image
 from app.decoder import Task
 from app.decoder_link import DecoderLink
 from app.errors import (
+    DecoderLost,
     NoDecoder,
     NotReady,
     Problem,
@@ -23,6 +24,7 @@ from app.errors import (
 )
 from app.images import Picture
 from app.model_card import Preprocessing
+from app.nursery import STUCK_S
 from app.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -83,11 +85,17 @@ class Decoders:
         """
         for _ in self._all:  # one that could not be replaced leaves the work to others
             decoder = self._free.get()
+            start = time.monotonic()
             try:
                 picture = decoder.decode(upload)
             except NoDecoder as error:
                 logger.error("%s", error.detail)  # noqa: TRY400 - the place in our code says nothing
                 continue
+            except DecoderLost:
+                # No answer is no sign of life. A crash may be the image's matter, a hang is not.
+                if time.monotonic() - start >= STUCK_S:
+                    self._fail()
+                raise
             except Problem:
                 self._recover()  # the image's matter: there was a process
                 raise

@@ -211,6 +211,8 @@ def _pillow_errors_as_problems(data: bytes, max_pixels: int) -> Iterator[None]:
         if data.startswith(_SIGNATURES) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
             raise CorruptImage("The image's header cannot be read.") from error
         raise UnsupportedFormat("The upload is not a JPEG, PNG, WebP, GIF or BMP image.") from error
+    except MemoryError as error:
+        raise CorruptImage("The image takes more memory to decode than it may.") from error
     except Exception as error:
         # Pillow's plugins let through whatever their parsers ran into (struct.error, IndexError,
         # SyntaxError, zlib.error and more), and a hostile file finds the next one: none is ours.

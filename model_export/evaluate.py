@@ -1,5 +1,6 @@
 """Measure a model file on labeled pictures, through the pipeline that serves it."""
 
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 MAX_DRAWN = 1000  # classes in a drawing: a matrix of more takes gigabytes and shows nothing
 _BATCH = 32
+_SYNSET = re.compile(r"n[0-9]{8}")
 _TOP = 5
 
 
@@ -142,12 +144,17 @@ def draw_confusion(confusion: NDArray[np.int64], labels: tuple[str, ...], title:
 
 
 def _match(folders: list[str], labels: tuple[str, ...]) -> tuple[dict[str, int], bool]:
-    """Find each folder's class: by name, or by order where no name fits but the count does."""
+    """Find each folder's class: by name, or by order where no name fits but the count does.
+
+    A folder's place is that of its name among the others: labels in another order are no labels of
+    such folders, unless those are WordNet's numbers, by which ImageNet's labels are ordered.
+    """
     named = _first(labels)
     unknown = [folder for folder in folders if folder not in named]
     if not unknown:
         return {folder: named[folder] for folder in folders}, False
-    if len(unknown) == len(folders) == len(labels):  # synsets, say: torchvision's convention
+    is_ordered = all(map(_SYNSET.fullmatch, folders)) or list(labels) == sorted(labels)
+    if len(unknown) == len(folders) == len(labels) and is_ordered:
         return {folder: index for index, folder in enumerate(folders)}, True
     raise ExportError(
         f"folder {unknown[0]} is none of the model's {len(labels)} labels ({labels[0]}, …)"

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from app.decoder import receive, send
+from app.decoder_link import DecoderLink
 from app.decoders import Decoders, check_decoders
 from app.errors import (
     CorruptImage,
+    DecoderLost,
     EmptyBody,
     NotReady,
     Problem,
@@ -108,6 +110,19 @@ def test_failures_in_a_row(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) 
             with pytest.raises(kind):
                 decoders.decode(upload)
         assert decoders.failures == 0
+
+
+def test_decoders_that_hang(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that never answers is a failure; a crash over an image is none, nor a cure."""
+    monkeypatch.setattr(DecoderLink, "decode", Mock(side_effect=DecoderLost("gone")))
+    monkeypatch.setattr("app.decoders.STUCK_S", 0)
+    with pytest.raises(DecoderLost):
+        decoders.decode(make_image())
+    assert decoders.failures == 1
+    monkeypatch.setattr("app.decoders.STUCK_S", 30)
+    with pytest.raises(DecoderLost):
+        decoders.decode(make_image())
+    assert decoders.failures == 1
 
 
 def test_one_moment_without_processes(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,13 @@ def bombs() -> dict[str, bytes]:
     inner = encode(picture, "WEBP", lossless=True)[12:]
     webp = b"VP8X" + struct.pack("<I", 10) + bytes(4) + size * 2 + inner
     webp = b"RIFF" + struct.pack("<I", 4 + len(webp)) + b"WEBP" + webp
+    lossless = bytearray(encode(picture, "WEBP", lossless=True))
+    lossless[21:25] = bytes([*b"\xff" * 3, lossless[24] | 0x0F])
+    lossy = bytearray(encode(picture, "WEBP"))
+    lossy[26:30] = struct.pack("<HH", 2**14 - 1, 2**14 - 1)
     return {
+        "WebP, lossless": bytes(lossless),
+        "WebP, lossy": bytes(lossy),
         "PNG": bytes(png),
         "GIF": bytes(gif),
         "GIF's frame": bytes(frames),

@@ -15,6 +15,8 @@ from PIL import Image
 from app.images import decode
 from app.model_card import read_metadata
 from model_export.cli import main
+from model_export.errors import ExportError
+from model_export.evaluate import _match
 from model_export.summary import macs
 
 from .conftest import FIXTURES, Convert
@@ -204,6 +206,14 @@ def test_folders_of_other_names_match_by_order(
     draw(tmp_path / "data", tuple(f"n{i:08}" for i in range(10)), 1)
     assert main(["evaluate", str(MODEL), str(tmp_path / "data")]) == 0
     assert "matched by order" in capsys.readouterr().out
+
+
+def test_order_that_is_not_the_folders() -> None:
+    """Labels in no order are not matched by it: a good model would seem to be wrong."""
+    assert _match(["cats", "dogs"], ("cat", "dog")) == ({"cats": 0, "dogs": 1}, True)
+    with pytest.raises(ExportError, match="folder cats is none of the model's 2 labels"):
+        _match(["cats", "dogs"], ("dog", "cat"))
+    assert _match(["n01440764", "n01443537"], ("tench", "goldfish"))[1]
 
 
 @pytest.mark.parametrize(
