@@ -46,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     curve = options.output.with_suffix(".png")
     try:
+        _check_device(options)
         for path in (options.output, curve):  # a sweep may take minutes
             _check_writable(path.resolve())  # where a link leads
         for path in filter(None, (options.model, options.tensorrt_cache)):
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
             "MIXER_THREADS": best.threads,
             "MIXER_MAX_BATCH": best.batch,
         }
-        if options.gpu_memory_mib:
+        if options.gpu_memory_mib and device != "cpu":
             settings["MIXER_GPU_MEMORY_MIB"] = options.gpu_memory_mib
         if options.tensorrt_cache:
             settings["MIXER_TENSORRT_CACHE"] = options.tensorrt_cache.resolve()
@@ -153,6 +154,15 @@ def _runs_ms(engine: Engine, patches: "np.typing.NDArray[np.uint8]") -> Iterator
 def _open(options: argparse.Namespace, device: Device, threads: int) -> OnnxEngine:
     gpu = GpuOptions(options.gpu_memory_mib, options.tensorrt_cache)
     return OnnxEngine(options.model, device, threads, max_batch=options.max_batch, gpu=gpu)
+
+
+def _check_device(options: argparse.Namespace) -> None:
+    """Raise StartupError where something is given for another device, as the server does."""
+    device = f"it means nothing with --device {options.device}"
+    if options.gpu_memory_mib and options.device == "cpu":
+        raise StartupError(f"--gpu-memory-mib {options.gpu_memory_mib}: {device}")
+    if options.tensorrt_cache and options.device != "tensorrt":
+        raise StartupError(f"--tensorrt-cache {options.tensorrt_cache}: {device}")
 
 
 def _check_writable(path: Path) -> None:

@@ -32,9 +32,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_tunes_the_embedded_model(tmp_path: Path) -> None:
     """The settings it writes are settings of the server, and the curve is a PNG beside them."""
     output = tmp_path / "tuned.env"
-    options = ("--device", "cpu", "--max-batch", "2", "-o", str(output))
-    of_a_gpu = ("--gpu-memory-mib", "512", "--tensorrt-cache", str(tmp_path))
-    done = run(str(EMBEDDED_MODEL), *options, *of_a_gpu)
+    done = run(str(EMBEDDED_MODEL), "--device", "cpu", "--max-batch", "2", "-o", str(output))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("<- recommended") == 1
     environment = dict(line.split("=", 1) for line in output.read_text().splitlines())
@@ -42,9 +40,36 @@ def test_tunes_the_embedded_model(tmp_path: Path) -> None:
     assert settings.model == EMBEDDED_MODEL.resolve()
     assert settings.device == "cpu"
     assert settings.max_batch in (1, 2)
-    assert settings.gpu_memory_mib == 512
-    assert settings.tensorrt_cache == tmp_path.resolve()
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"), [("auto", "cpu"), ("auto", "cuda"), ("tensorrt", "tensorrt")]
+)
+def test_settings_of_a_gpu(
+    asked: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was asked of the GPU is written if the model runs there."""
+    monkeypatch.setattr(tune, "sweep", Mock(return_value=([Point(1, 1, 1.0)], found)))
+    output, cache = tmp_path / "tuned.env", tmp_path / "cache"
+    flags = ["--device", asked, "--gpu-memory-mib", "512", "-o", str(output)]
+    flags += ["--tensorrt-cache", str(cache)] if asked == "tensorrt" else []
+    assert tune.main([str(EMBEDDED_MODEL), *flags]) == 0
+    lines = output.read_text().splitlines()
+    settings = read_settings([], dict(line.split("=", 1) for line in lines))
+    assert settings.device == found
+    assert settings.gpu_memory_mib == (0 if found == "cpu" else 512)
+    assert settings.tensorrt_cache == (cache.resolve() if found == "tensorrt" else None)
+
+
+@pytest.mark.parametrize("flags", [("--gpu-memory-mib", "9"), ("--tensorrt-cache", "cache")])
+def test_settings_of_another_device(flags: tuple[str, str], tmp_path: Path) -> None:
+    """What the device would pass over is told before anything is measured."""
+    done = run(str(EMBEDDED_MODEL), "--device", "cpu", *flags, "-o", str(tmp_path / "tuned.env"))
+    assert done.returncode == 1
+    told = f"mixer-serve: {' '.join(flags)}: it means nothing with --device cpu\n"
+    assert done.stderr == told
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_model_is_one_line(tmp_path: Path) -> None:
@@ -267,9 +292,9 @@ def test_paths_that_are_no_text(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """A path that is no UTF-8 is written as it is, and shown as well as can be."""
-    monkeypatch.setattr(tune, "sweep", Mock(return_value=(POINTS, "cpu")))
+    monkeypatch.setattr(tune, "sweep", Mock(return_value=(POINTS, "tensorrt")))
     file, cache = tmp_path / "\udce9.env", tmp_path / "\udce8"
-    options = ["-o", str(file), "--tensorrt-cache", str(cache)]
+    options = ["-o", str(file), "--device", "tensorrt", "--tensorrt-cache", str(cache)]
     assert tune.main([str(EMBEDDED_MODEL), *options]) == 0
     assert b"/\xe8\n" in file.read_bytes()
     shown = capsys.readouterr().out
