@@ -205,6 +205,35 @@ def test_open_connection_holds_no_picture() -> None:
         assert client.portal.call(ask) == 0
 
 
+def test_bug_is_logged_with_its_request(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The traceback of a bug has the ID that its client was told."""
+    monkeypatch.setattr("app.express.classification", lambda *_: 1 // 0)
+    app = create_app(Settings(), FakeEngine())
+
+    async def ask() -> bytes:
+        fields = {b"content-type": b"image/png", b"x-request-id": b"the-bug"}
+        answered, written = asyncio.Event(), Mock()
+        clock = Clock(asyncio.get_running_loop())
+        found = express(app.state.service, b"/classify", fields, [], written, clock)
+        assert isinstance(found, Express)
+        found.begin(answered.set)
+        found.feed(IMAGE)
+        found.complete()
+        await answered.wait()
+        answer: bytes = written.call_args.args[0]
+        return answer
+
+    with TestClient(app) as client:
+        assert client.portal is not None
+        answer = client.portal.call(ask)
+    assert answer.startswith(b"HTTP/1.1 500 ")
+    assert b"x-request-id: the-bug\r\n" in answer
+    [record] = [record for record in caplog.records if record.exc_info]
+    assert vars(record)["request_id"] == "the-bug"
+
+
 def count_entries(request_id: str) -> int:
     """Return how many entries of a request anything still holds."""
     gc.collect()
