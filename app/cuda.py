@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.errors import first_line
+from app.errors import StartupError, first_line
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -36,6 +36,14 @@ class GpuOptions:
     tensorrt_cache: Path | None = None  # without it TensorRT builds its engine at every start
     tensorrt: bool = False
 
+    def passed_over(self, device: str) -> str | None:
+        """Return the setting that would mean nothing on `device`, if one would."""
+        if self.memory_mib and device == "cpu":
+            return "gpu_memory_mib"
+        if self.tensorrt_cache is not None and device != "tensorrt":
+            return "tensorrt_cache"
+        return None
+
 
 def open_session(
     path: Path, options: "onnxruntime.SessionOptions", gpu: GpuOptions, max_batch: int
@@ -44,9 +52,12 @@ def open_session(
 
     Raises:
         GpuMissing: the build, the driver, a library or the model does not allow it.
+        StartupError: the cache cannot be written.
     """
     import onnxruntime
 
+    if gpu.tensorrt and gpu.tensorrt_cache is not None:
+        _prepare(gpu.tensorrt_cache)
     wanted = TENSORRT if gpu.tensorrt else CUDA
     if wanted not in onnxruntime.get_available_providers():
         raise GpuMissing(
@@ -80,6 +91,17 @@ def open_session(
     if gpu.tensorrt and (left := nodes_elsewhere(session, wanted)):
         raise GpuMissing(f"TensorRT does not take its {', '.join(left)}: use --device cuda")
     return session, wanted
+
+
+def _prepare(cache: Path) -> None:
+    """Make TensorRT's folder, or raise StartupError: it would say nothing, and keep no engine."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        is_writable = os.access(cache, os.W_OK | os.X_OK)
+    except OSError:
+        is_writable = False
+    if not is_writable:
+        raise StartupError(f"MIXER_TENSORRT_CACHE={cache}: it must be a folder that can be written")
 
 
 def nodes_elsewhere(session: "onnxruntime.InferenceSession", provider: str) -> list[str]:

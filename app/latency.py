@@ -198,9 +198,7 @@ def warm_up(engine: Engine, max_batch: int, latency: LatencyTable) -> None:
             raise too_large(images, engine.provider, error) from error
         took_s = time.perf_counter() - start
         latency.observe_batch(images, took_s)
-        if (
-            took_s > LONG_S and images < max_batch
-        ):  # on a CPU, where twice as many take twice as long
+        if took_s > LONG_S and images < max_batch:  # a CPU's time, which grows with the images
             latency.observe_batch(max_batch, took_s * max_batch / images)
             break
         size *= 2

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from app.arguments import Arguments
 from app.cpus import available_cpus
+from app.cuda import GpuOptions
 from app.engine import Device
 from app.errors import StartupError
 from app.logs import LogFormat
@@ -221,22 +222,11 @@ def read_settings(
 
 
 def _check_gpu(settings: Settings, shown: Mapping[str, str]) -> None:
-    """Raise StartupError where a setting of the GPU's would be passed over, now or in silence."""
-    device = f"{PREFIX}DEVICE={settings.device}"
-    if settings.gpu_memory_mib and settings.device == "cpu":
-        raise StartupError(f"{shown['gpu_memory_mib']}: it means nothing with {device}")
-    cache = settings.tensorrt_cache
-    if cache is None:
-        return
-    if settings.device != "tensorrt":
-        raise StartupError(f"{shown['tensorrt_cache']}: it means nothing with {device}")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        is_writable = os.access(cache, os.W_OK | os.X_OK)
-    except OSError:
-        is_writable = False
-    if not is_writable:  # TensorRT would say nothing, and build its engine anew at each start
-        raise StartupError(f"{shown['tensorrt_cache']}: it must be a folder that can be written")
+    """Raise StartupError where the device would pass over a setting of the GPU's."""
+    gpu = GpuOptions(settings.gpu_memory_mib, settings.tensorrt_cache)
+    if (name := gpu.passed_over(settings.device)) is not None:
+        device = f"{PREFIX}DEVICE={settings.device}"
+        raise StartupError(f"{shown[name]}: it means nothing with {device}")
 
 
 def _flag(name: str) -> str:

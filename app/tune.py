@@ -158,11 +158,10 @@ def _open(options: argparse.Namespace, device: Device, threads: int) -> OnnxEngi
 
 def _check_device(options: argparse.Namespace) -> None:
     """Raise StartupError where something is given for another device, as the server does."""
-    device = f"it means nothing with --device {options.device}"
-    if options.gpu_memory_mib and options.device == "cpu":
-        raise StartupError(f"--gpu-memory-mib {options.gpu_memory_mib}: {device}")
-    if options.tensorrt_cache and options.device != "tensorrt":
-        raise StartupError(f"--tensorrt-cache {options.tensorrt_cache}: {device}")
+    gpu = GpuOptions(options.gpu_memory_mib, options.tensorrt_cache)
+    if (name := gpu.passed_over(options.device)) is not None:
+        flag = f"--{name.replace('_', '-')} {vars(options)[name]}"
+        raise StartupError(f"{flag}: it means nothing with --device {options.device}")
 
 
 def _check_writable(path: Path) -> None:

@@ -14,7 +14,9 @@ import onnxruntime
 import pytest
 
 from app import cuda, memory
-from app.cuda import KEPT_APART, TENSORRT, nodes_elsewhere
+from app.cuda import KEPT_APART, TENSORRT, GpuOptions, nodes_elsewhere
+from app.engine import OnnxEngine
+from app.errors import StartupError
 from app.runtime import CPU
 from app.settings import EMBEDDED_MODEL
 
@@ -175,3 +177,22 @@ def test_a_bias_goes_with_its_gelu(
     )
     found = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
     assert (found["Gemm"], found[activation]) == (products, 16)
+
+
+def test_cache_that_takes_nothing(tmp_path: Path) -> None:
+    """A place where TensorRT could keep no engine is told, which it would not do."""
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(StartupError) as told:
+            OnnxEngine(EMBEDDED_MODEL, "tensorrt", 1, gpu=GpuOptions(tensorrt_cache=place))
+        assert str(told.value) == (
+            f"MIXER_TENSORRT_CACHE={place}: it must be a folder that can be written"
+        )
+
+
+def test_cache_is_made(tmp_path: Path) -> None:
+    """A folder for TensorRT's engine that is not there yet is made."""
+    cache = tmp_path / "a" / "b"
+    with pytest.raises(StartupError, match="MIXER_DEVICE=tensorrt: "):  # there is no GPU here
+        OnnxEngine(EMBEDDED_MODEL, "tensorrt", 1, gpu=GpuOptions(tensorrt_cache=cache))
+    assert cache.is_dir()

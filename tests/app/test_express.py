@@ -179,21 +179,27 @@ def test_refused_body_that_trickles_is_cut_off(tmp_path: Path) -> None:
         assert client.recv(1) == b""
 
 
+async def answered_by_express(app: FastAPI, request_id: bytes) -> tuple[Express, bytes]:
+    """Return a request for one image, without a connection, and what it is answered."""
+    fields = {b"content-type": b"image/png", b"x-request-id": request_id}
+    answered, written = asyncio.Event(), Mock()
+    clock = Clock(asyncio.get_running_loop())
+    found = express(app.state.service, b"/classify", fields, [], written, clock)
+    assert isinstance(found, Express)
+    found.begin(answered.set)
+    found.feed(IMAGE)
+    found.complete()
+    await answered.wait()
+    return found, written.call_args.args[0]
+
+
 def test_open_connection_holds_no_picture() -> None:
     """Between requests a connection keeps neither the last picture nor its logits."""
     app = create_app(Settings(), FakeEngine())
 
     async def ask() -> int:
-        fields = {b"content-type": b"image/png", b"x-request-id": b"the-last-one"}
-        answered, written = asyncio.Event(), Mock()
-        clock = Clock(asyncio.get_running_loop())
-        found = express(app.state.service, b"/classify", fields, [], written, clock)
-        assert isinstance(found, Express)
-        found.begin(answered.set)
-        found.feed(IMAGE)
-        found.complete()
-        await answered.wait()
-        assert written.call_args.args[0].startswith(b"HTTP/1.1 200 ")
+        found, answer = await answered_by_express(app, b"the-last-one")
+        assert answer.startswith(b"HTTP/1.1 200 ")
         assert found.response_complete
         give_up = time.monotonic() + 5
         while (left := count_entries("the-last-one")) and time.monotonic() < give_up:  # noqa: ASYNC110 - no event says that the engine's thread has let go of its batch
@@ -212,22 +218,9 @@ def test_bug_is_logged_with_its_request(
     monkeypatch.setattr("app.express.classification", lambda *_: 1 // 0)
     app = create_app(Settings(), FakeEngine())
 
-    async def ask() -> bytes:
-        fields = {b"content-type": b"image/png", b"x-request-id": b"the-bug"}
-        answered, written = asyncio.Event(), Mock()
-        clock = Clock(asyncio.get_running_loop())
-        found = express(app.state.service, b"/classify", fields, [], written, clock)
-        assert isinstance(found, Express)
-        found.begin(answered.set)
-        found.feed(IMAGE)
-        found.complete()
-        await answered.wait()
-        answer: bytes = written.call_args.args[0]
-        return answer
-
     with TestClient(app) as client:
         assert client.portal is not None
-        answer = client.portal.call(ask)
+        _, answer = client.portal.call(answered_by_express, app, b"the-bug")
     assert answer.startswith(b"HTTP/1.1 500 ")
     assert b"x-request-id: the-bug\r\n" in answer
     [record] = [record for record in caplog.records if record.exc_info]
